@@ -1,0 +1,144 @@
+"""Activation quantizer: a learned step (LSQ, Esser et al. 2020), unsigned or signed as the data say.
+
+The paper says only that activations have one bitwidth; the learned step is our interpretation (METHOD 2).
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+# Values that one tensor contributes to the fit of the step: enough for a 2-bit clip to be stable to about 1 %.
+_FIT_SAMPLES = 65536
+
+
+def activation_range(bits: int, signed: bool) -> tuple[int, int]:
+    """Smallest and largest integer of an activation: 0 .. 2^b - 1, or two's complement -2^(b-1) .. 2^(b-1) - 1."""
+    return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+
+
+class _LearnedStep(torch.autograd.Function):
+    """`clamp(round(x / step), low, high) * step` and its LSQ gradient in one node.
+
+    Naive eager code reads and writes the activation about ten times and keeps four copies of it; this keeps the input
+    and the output only, which the layers before and behind keep anyway. LSQ's gradient to the step is
+    `sum(g * (y - x) / step)` inside the range and `sum(g * y / step)` outside, so it is `(<g, y> - <dx, x>) / step` with
+    dx the gradient to the input: two dot products.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, step: Tensor, low: int, high: int, factor: float) -> Tensor:
+        y = _fake_quantize(x, step, low, high)
+        ctx.save_for_backward(x, y, step)
+        ctx.range, ctx.factor = (low, high), factor
+        return y
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, y, step = ctx.saved_tensors
+        low, high = ctx.range
+        if x.device.type == "cpu":
+            # One fused pass; it needs plain numbers, which would make a GPU wait.
+            value = step.item()
+            dx = torch.ops.aten.hardtanh_backward(grad, x, (low - 0.5) * value, (high + 0.5) * value)
+        else:
+            dx = grad * ((x > (low - 0.5) * step) & (x < (high + 0.5) * step))
+        dstep = None
+        if ctx.needs_input_grad[1]:
+            dstep = (_dot(grad, y) - _dot(dx, x)) / step * ctx.factor
+        return dx, dstep, None, None, None
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """Sum of products in float32, over tensors of equal shape and any memory format."""
+    if a.stride() != b.stride() or not (a.is_contiguous() or a.is_contiguous(memory_format=torch.channels_last)):
+        return (a.float() * b.float()).sum()
+    flat = (a.numel(),)
+    return torch.dot(a.as_strided(flat, (1,)).float(), b.as_strided(flat, (1,)).float())
+
+
+def _fake_quantize(x: Tensor, step: Tensor, low: int, high: int) -> Tensor:
+    zero = torch.zeros((), dtype=torch.int32, device=x.device)
+    return torch.fake_quantize_per_tensor_affine(x, step.detach(), zero, low, high)
+
+
+@torch.no_grad()
+def best_step(x: Tensor, bits: int, signed: bool) -> Tensor:
+    """The step (0-d float32) with the least squared error for activations `x`, by a search over 64 clips."""
+    x = x.detach().reshape(-1).float()
+    if x.numel() > _FIT_SAMPLES:
+        # A fixed stride would meet the same channels of a channels-last tensor again and again.
+        generator = torch.Generator().manual_seed(0)
+        x = x[torch.randint(x.numel(), (_FIT_SAMPLES,), generator=generator).to(x.device)]
+    low, high = activation_range(bits, signed)
+    bound = -low if signed else high
+    top = x.abs().max().clamp_min(1e-6)
+    steps = top / bound * torch.logspace(0, math.log10(0.05), 64, device=x.device)
+    errors = torch.stack([(torch.round(x / s).clamp_(low, high) * s - x).square().sum() for s in steps])
+    return steps[errors.argmin()]
+
+
+class ActivationQuantizer(nn.Module):
+    """Quantizes a layer's input at `bits` with one learned `step`.
+
+    State: `step` (parameter, 0-d float32; 0 means not fitted yet) and `signed` (buffer, 0-d uint8, 0 or 1). The first
+    tensor that comes by fits both, unless a loaded state has them.
+    """
+
+    step: nn.Parameter
+    signed: Tensor
+
+    def __init__(self, bits: int):
+        super().__init__()
+        self.bits = bits
+        self.step = nn.Parameter(torch.zeros((), dtype=torch.float32))
+        self.register_buffer("signed", torch.zeros((), dtype=torch.uint8))
+        # The integer range, read from the state once: asking a tensor for its value at each step would make a GPU wait.
+        self._range: tuple[int, int] | None = None
+
+    def extra_repr(self) -> str:
+        return f"bits={self.bits}, range={self._range or 'not fitted yet'}"
+
+    @torch.no_grad()
+    def fit(self, x: Tensor) -> None:
+        """Fit the step to activations `x` (any shape); their sign decides between signed and unsigned."""
+        signed = bool((x < 0).any())
+        self.signed.fill_(int(signed))
+        self.step.copy_(best_step(x, self.bits, signed))
+        self._range = None
+
+    def set_bits(self, bits: int) -> None:
+        """Quantize at `bits` from now on; the next tensor fits step and sign anew."""
+        self.bits = bits
+        if not self.step.is_meta:
+            self.step.data.zero_()
+        self._range = None
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._range = None
+
+    @property
+    def range(self) -> tuple[int, int]:
+        """Smallest and largest integer."""
+        if self._range is None:
+            self._range = activation_range(self.bits, bool(self.signed.item()))
+        return self._range
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.is_meta:
+            return x
+        if self._range is None and self.step.item() <= 0:
+            self.fit(x)
+        low, high = self.range
+        dtype, x = x.dtype, x.float()
+        if torch.is_grad_enabled() and (x.requires_grad or self.step.requires_grad):
+            y = _LearnedStep.apply(x, self.step, low, high, 1 / math.sqrt(x.numel() * high))
+        else:
+            y = _fake_quantize(x, self.step, low, high)
+        return y.to(dtype)
+
+    def integers(self, x: Tensor) -> Tensor:
+        """The integers (float, shape of `x`) behind the quantized activations."""
+        low, high = self.range
+        return torch.round(x.float() * (1 / self.step)).clamp(low, high)

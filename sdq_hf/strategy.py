@@ -1,0 +1,181 @@
+"""Strategy: how many bits each layer has, as a value."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from difflib import get_close_matches
+from functools import cached_property
+from typing import Any
+
+from .packing import packed_size
+
+FLOAT_BITS = 32
+
+
+@dataclass(frozen=True)
+class LayerBits:
+    """One layer: its bits, and the sizes that costs are computed from.
+
+    weight_bits: 1 to 8, or 32 for a layer that stays float. activation_bits: bits of the layer's input, 1 to 8, or 32 for
+    float. num_weights: weights without bias. macs: multiply-accumulates for one image at the configured image size.
+    pinned: outside the search (first and last layer, and pins).
+    """
+
+    weight_bits: int
+    activation_bits: int
+    num_weights: int
+    macs: int
+    pinned: bool = False
+
+    def __post_init__(self) -> None:
+        for field in ("weight_bits", "activation_bits"):
+            bits = getattr(self, field)
+            if not isinstance(bits, int) or isinstance(bits, bool) or not (1 <= bits <= 8 or bits == FLOAT_BITS):
+                raise ValueError(f"{field} must be 1 to 8, or {FLOAT_BITS} for float, got {bits!r}.")
+        for field in ("num_weights", "macs"):
+            value = getattr(self, field)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise ValueError(f"{field} must be a whole number >= 0, got {value!r}.")
+        if not isinstance(self.pinned, bool):
+            raise ValueError(f"pinned must be true or false, got {self.pinned!r}.")
+
+
+@dataclass(frozen=True)
+class Strategy(Mapping[str, LayerBits]):
+    """Layer name -> `LayerBits`, in the network's order. Immutable; `with_bits` makes a changed copy.
+
+    The paper calls it MPQ strategy. Averages weigh each layer by its number of weights; "searchable" leaves out the
+    pinned layers. A cost method counts every layer unless told otherwise.
+    """
+
+    layers: tuple[tuple[str, LayerBits], ...]
+
+    @classmethod
+    def of(cls, layers: Mapping[str, LayerBits]) -> "Strategy":
+        return cls(tuple(layers.items()))
+
+    # Mapping -----------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _by_name(self) -> dict[str, LayerBits]:
+        return dict(self.layers)
+
+    def __getitem__(self, name: str) -> LayerBits:
+        if name not in self._by_name:
+            raise KeyError(unknown_layer(name, list(self._by_name)))
+        return self._by_name[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name, _ in self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __hash__(self) -> int:
+        return hash(self.layers)
+
+    # Bits --------------------------------------------------------------------------------------------------------
+
+    @property
+    def weight_bits(self) -> dict[str, int]:
+        return {name: layer.weight_bits for name, layer in self.layers}
+
+    @property
+    def searchable(self) -> tuple[str, ...]:
+        """Names of the layers that are not pinned."""
+        return tuple(name for name, layer in self.layers if not layer.pinned)
+
+    def with_bits(self, bits: int | Mapping[str, int]) -> "Strategy":
+        """A copy with other weight bits: one number for every searchable layer, or layer name -> bits.
+
+        Raises `KeyError` for an unknown layer, `ValueError` for bits that are not 1 to 8 (or 32).
+        """
+        changes = dict.fromkeys(self.searchable, bits) if isinstance(bits, int) else dict(bits)
+        names = [name for name, _ in self.layers]
+        for name in changes:
+            if name not in names:
+                raise KeyError(unknown_layer(name, names))
+        return Strategy(
+            tuple(
+                (name, replace(layer, weight_bits=changes.get(name, layer.weight_bits))) for name, layer in self.layers
+            )
+        )
+
+    # Costs -------------------------------------------------------------------------------------------------------
+
+    def _counted(self, include_pinned: bool) -> list[LayerBits]:
+        return [layer for _, layer in self.layers if include_pinned or not layer.pinned]
+
+    def average_bits(self, include_pinned: bool = False) -> float:
+        """sum N_l b_l / sum N_l over the searchable layers, or over all with `include_pinned`."""
+        layers = self._counted(include_pinned) or self._counted(True)
+        return sum(x.num_weights * x.weight_bits for x in layers) / sum(x.num_weights for x in layers)
+
+    def compression(self, include_pinned: bool = True) -> float:
+        """32 / average bits: how many times smaller the weights are than float32."""
+        return FLOAT_BITS / self.average_bits(include_pinned)
+
+    def weight_bytes(self, include_pinned: bool = True) -> int:
+        """Bytes of the packed weights, each layer filled up to a whole byte."""
+        return sum(packed_size(x.num_weights, x.weight_bits) for x in self._counted(include_pinned))
+
+    def bitops(self, include_pinned: bool = True) -> int:
+        """sum MACs * weight bits * activation bits for one image (METHOD 6.7)."""
+        return sum(x.macs * x.weight_bits * x.activation_bits for x in self._counted(include_pinned))
+
+    # JSON and text -----------------------------------------------------------------------------------------------
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """A plain list that JSON can hold: a list, since transformers sorts the keys of a mapping in config.json."""
+        return [{"layer": name, **asdict(layer)} for name, layer in self.layers]
+
+    @classmethod
+    def from_json(cls, data: list[dict[str, Any]] | str) -> "Strategy":
+        """The inverse of `to_json`; also takes its text. Raises `ValueError` that names the layer and the field."""
+        if isinstance(data, str):
+            data = json.loads(data)
+        if not isinstance(data, list):
+            raise ValueError(f"A strategy is a list of layers with bits and sizes, got {type(data).__name__}.")
+        fields = {"layer", *LayerBits.__dataclass_fields__}
+        layers: dict[str, LayerBits] = {}
+        for entry in data:
+            if not isinstance(entry, Mapping) or not fields - {"pinned"} <= set(entry) <= fields:
+                raise ValueError(f"A strategy's entry must have the fields {sorted(fields)}, got {entry!r}.")
+            name, values = entry["layer"], {k: v for k, v in entry.items() if k != "layer"}
+            if not isinstance(name, str) or name in layers:
+                raise ValueError(f"A strategy names each layer once, got {name!r}{' again' * (name in layers)}.")
+            try:
+                layers[name] = LayerBits(**values)
+            except ValueError as error:
+                raise ValueError(f"Strategy, layer {name!r}: {error}") from None
+        return cls.of(layers)
+
+    def diff(self, other: "Strategy") -> dict[str, tuple[int | None, int | None]]:
+        """Layers whose weight bits differ: name -> (bits here, bits in `other`), None where a side lacks the layer."""
+        mine, theirs = self.weight_bits, other.weight_bits
+        names = list(mine) + [name for name in theirs if name not in mine]
+        return {name: (mine.get(name), theirs.get(name)) for name in names if mine.get(name) != theirs.get(name)}
+
+    def table(self) -> str:
+        """A text table: one line a layer, the averages below."""
+        width = max([len("layer")] + [len(name) for name in self])
+        lines = [f"{'layer':{width}}  W bits  A bits  {'weights':>10}  {'MACs':>13}"]
+        for name, x in self.layers:
+            a_bits = "float" if x.activation_bits == FLOAT_BITS else str(x.activation_bits)
+            w_bits = "float" if x.weight_bits == FLOAT_BITS else str(x.weight_bits)
+            pin = "  pinned" if x.pinned else ""
+            lines.append(f"{name:{width}}  {w_bits:>6}  {a_bits:>6}  {x.num_weights:>10,}  {x.macs:>13,}{pin}")
+        lines.append(
+            f"average bits {self.average_bits():.2f} (with pinned layers {self.average_bits(True):.2f}), "
+            f"weights {self.weight_bytes() / 1e3:,.1f} kB, {self.compression():.1f}x smaller than float, "
+            f"{self.bitops() / 1e9:.3f} GBitOPs"
+        )
+        return "\n".join(lines)
+
+    __str__ = table
+
+
+def unknown_layer(name: str, names: list[str]) -> str:
+    """The message for a layer name that is not among `names`."""
+    near = get_close_matches(name, names, n=3, cutoff=0.4) or names[:3]
+    return f"No layer {name!r} in the network; near names: {', '.join(near)}."
