@@ -20,6 +20,7 @@ from . import backbones as backbones  # registers our timm names
 from .configuration_sdq import SDQConfig
 from .hf_quantizer import SDQHfQuantizer, SDQQuantizationConfig
 from .layers import (
+    QuantizedLayer,
     apply_strategy,
     attach,
     count_macs,
@@ -214,7 +215,7 @@ class SDQForImageClassification(PreTrainedModel):
         if missing or unexpected:
             raise KeyError(f"Float weights do not fit: missing {sorted(missing)[:3]}, unexpected {sorted(unexpected)[:3]}.")
         self.timm_model.load_state_dict({**own, **state})
-        for layer in quantized_layers(self.timm_model).values():
+        for layer in self.quantized_layers().values():
             layer.weight_quantizer.set_bits(layer.weight_quantizer.bits, layer.weight)
             if layer.input_quantizer is not None:
                 layer.input_quantizer.set_bits(layer.input_quantizer.bits)
@@ -230,7 +231,7 @@ class SDQForImageClassification(PreTrainedModel):
     @contextmanager
     def float_mode(self) -> Iterator[None]:
         """Inside, the model computes in float: no quantizer works."""
-        layers = quantized_layers(self.timm_model).values()
+        layers = self.quantized_layers().values()
         try:
             for layer in layers:
                 layer.enabled = False
@@ -239,11 +240,20 @@ class SDQForImageClassification(PreTrainedModel):
             for layer in layers:
                 layer.enabled = True
 
+    def quantized_layers(self) -> dict[str, QuantizedLayer]:
+        """Name (as in `strategy`) -> layer, of every layer that has quantizers."""
+        return quantized_layers(self.timm_model)
+
+    def is_calibrated(self) -> bool:
+        """Whether every activation step has been fitted or loaded."""
+        quantizers = [layer.input_quantizer for layer in self.quantized_layers().values()]
+        return all(q is None or q.step.item() > 0 for q in quantizers)
+
     def train(self, mode: bool = True) -> "SDQForImageClassification":
         """As in torch. A loaded model has quantized weights only; training it puts real weights behind them that are
         quantized to the same numbers, so it goes on from exactly the published function."""
         if mode:
-            for layer in quantized_layers(self.timm_model).values():
+            for layer in self.quantized_layers().values():
                 layer.make_latent()
         return super().train(mode)
 
@@ -256,7 +266,7 @@ class SDQForImageClassification(PreTrainedModel):
         Layer by layer in the network's order, each seeing the quantized outputs of those before it.
         """
         images = torch.cat([_pixels(batch) for batch in islice(batches, num_batches)]).to(self.device)
-        for layer in quantized_layers(self.timm_model).values():
+        for layer in self.quantized_layers().values():
             if layer.input_quantizer is not None:
                 layer.input_quantizer.set_bits(layer.input_quantizer.bits)
         training = self.training
@@ -286,7 +296,7 @@ class SDQForImageClassification(PreTrainedModel):
 
         Activation steps must be fitted (`calibrate`, or any forward pass), else `ValueError` names the layer.
         """
-        for name, layer in quantized_layers(self.timm_model).items():
+        for name, layer in self.quantized_layers().items():
             if layer.input_quantizer is not None and layer.input_quantizer.step.item() <= 0:
                 raise ValueError(
                     f"Layer {name!r}: its activation step was never fitted. Call model.calibrate(images) before saving."

@@ -1,0 +1,223 @@
+"""The way down: bitwidths that only fall, one layer at a time, and the strategies left behind at each budget."""
+
+import fnmatch
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..costs import Cost
+from ..strategy import FLOAT_BITS, Strategy
+
+logger = logging.getLogger(__name__)
+
+# A layer's bits, by name. Only searchable layers are in it.
+Bits = dict[str, int]
+
+
+class BudgetError(ValueError):
+    """A budget that no strategy can meet; the message has the range that can be reached."""
+
+
+class Descent:
+    """Bits on their way down the ladder of candidates, and the strategy found for each budget.
+
+    Args:
+        strategy: where the layers, their sizes and the pinned layers come from.
+        cost: what budgets are given in.
+        budgets: in `cost.unit`; one strategy is found for each.
+        candidates: the ladder, e.g. `[1, 2, 3, 4, 5, 6, 7, 8]` or `[2, 4, 8]`.
+        start_bits: the rung where all layers start; default: 6, above which a step costs nothing measurable (METHOD 9),
+            or the lowest rung above it that lies above every budget.
+        floors: pattern of layer names -> fewest bits. The last pattern that matches decides.
+
+    Raises `BudgetError` for a budget out of reach, `ValueError` for a floor that matches no layer.
+    """
+
+    def __init__(
+        self,
+        strategy: Strategy,
+        cost: Cost,
+        budgets: Sequence[float],
+        candidates: Sequence[int],
+        start_bits: int | None = None,
+        floors: Mapping[str, int] | None = None,
+    ):
+        self.cost, self.budgets = cost, list(budgets)
+        self.candidates = sorted(candidates)
+        self.names = [name for name in strategy.searchable if strategy[name].weight_bits != FLOAT_BITS]
+        self.floor = self._floors(floors or {})
+        self.table = {
+            name: {bits: cost.of_layer(strategy, name, bits) for bits in self.candidates} for name in self.names
+        }
+        self._base = cost.total(strategy) - sum(
+            cost.of_layer(strategy, name, strategy[name].weight_bits) for name in self.names
+        )
+        self._check_budgets()
+        if start_bits is None:
+            start_bits = self._default_start()
+        elif start_bits not in self.candidates:
+            raise ValueError(f"start_bits must be one of the candidates {self.candidates}, got {start_bits}.")
+        self.start: Bits = {name: max(start_bits, self.floor[name]) for name in self.names}
+        self._strategy = strategy
+        self.bits: Bits = dict(self.start)
+        # Estimated damage of the step that led down to a rung: what raising the layer again would win back.
+        self.damage: dict[str, dict[int, float]] = {name: {} for name in self.names}
+        self.found: dict[float, Strategy] = {}
+        self._leave_strategies()
+
+    def _floors(self, patterns: Mapping[str, int]) -> Bits:
+        floor = dict.fromkeys(self.names, self.candidates[0])
+        for pattern, bits in patterns.items():
+            matches = fnmatch.filter(self.names, pattern)
+            if not matches:
+                raise ValueError(f"floors: no searchable layer matches {pattern!r}, e.g. {', '.join(self.names[:3])}.")
+            allowed = [b for b in self.candidates if b >= bits]
+            if not allowed:
+                raise ValueError(
+                    f"floors[{pattern!r}] must be at most {self.candidates[-1]}, the largest candidate, got {bits}."
+                )
+            floor.update(dict.fromkeys(matches, allowed[0]))
+        return floor
+
+    def _check_budgets(self) -> None:
+        if not self.budgets:
+            raise BudgetError("No budget given: pass at least one.")
+        low, high = self.total(self.floor), self.total(dict.fromkeys(self.names, self.candidates[-1]))
+        for budget in self.budgets:
+            if not low * (1 - 1e-9) <= budget <= high * (1 + 1e-9):
+                raise BudgetError(
+                    f"A budget of {budget:g} {self.cost.unit} is out of reach: with candidates {self.candidates} and the "
+                    f"floors and pinned layers of this network it must be between {low:.4g} and {high:.4g}."
+                )
+
+    def _default_start(self) -> int:
+        above = [b for b in self.candidates if self.total(dict.fromkeys(self.names, b)) >= max(self.budgets)]
+        usual = [b for b in self.candidates if b >= 6]
+        return max(above[0] if above else self.candidates[-1], usual[0] if usual else self.candidates[-1])
+
+    # Costs -------------------------------------------------------------------------------------------------------
+
+    def total(self, bits: Bits | None = None) -> float:
+        """Cost of `bits` (default: the present ones), pinned layers included where the cost counts them."""
+        bits = self.bits if bits is None else bits
+        return self._base + sum(self.table[name][b] for name, b in bits.items())
+
+    def next_bits(self, name: str) -> int | None:
+        """The next lower candidate of a layer, None at its floor."""
+        below = [b for b in self.candidates if self.floor[name] <= b < self.bits[name]]
+        return below[-1] if below else None
+
+    def saved(self, name: str) -> float:
+        """Cost that the layer's next step down saves."""
+        lower = self.next_bits(name)
+        assert lower is not None
+        return self.table[name][self.bits[name]] - self.table[name][lower]
+
+    @property
+    def movable(self) -> list[str]:
+        """Layers that have a lower candidate."""
+        return [name for name in self.names if self.next_bits(name) is not None]
+
+    @property
+    def done(self) -> bool:
+        return len(self.found) == len(set(self.budgets))
+
+    def strategies(self) -> list[Strategy]:
+        """One strategy per budget, in the order in which the budgets were given."""
+        return [self.found[budget] for budget in self.budgets]
+
+    # Steps -------------------------------------------------------------------------------------------------------
+
+    def step_down(self, name: str, damage: float) -> None:
+        """Step one layer down; `damage` is its estimated price in loss. Leaves a strategy at each budget passed."""
+        lower = self.next_bits(name)
+        assert lower is not None, f"{name} is at its floor"
+        self.damage[name][lower] = damage
+        self.bits[name] = lower
+        self._leave_strategies()
+
+    def _leave_strategies(self) -> None:
+        for budget in self.budgets:
+            if budget not in self.found and self.total() <= budget * (1 + 1e-9):
+                self.found[budget] = self._strategy.with_bits(self._land(budget))
+
+    def _land(self, budget: float) -> Bits:
+        """The present bits, refilled to just under the budget.
+
+        One step of a big layer overshoots. Small layers are raised again, largest damage first. Where even that leaves
+        more than the tolerance unused, one more layer is stepped down to make room for others: of all such exchanges,
+        the one with the least damage.
+        """
+        best = self._refill(dict(self.bits), budget)
+        if self._is_close(best, budget):
+            return best
+        exchanges = []
+        for name in self.movable:
+            lower = self.next_bits(name)
+            assert lower is not None
+            bits = self._refill({**self.bits, name: lower}, budget, fixed=name)
+            price = self._last_damage(name) - self._regained(bits)
+            if self._is_close(bits, budget):
+                exchanges.append((price, name, bits))
+        if exchanges:
+            return min(exchanges)[2]
+        logger.warning(
+            "Budget %g %s: the nearest strategy below it costs %g; single layers of this network are too large to come "
+            "closer.",
+            budget,
+            self.cost.unit,
+            self.total(best),
+        )
+        return best
+
+    def _is_close(self, bits: Bits, budget: float) -> bool:
+        return budget - self.total(bits) <= self.cost.tolerance(budget)
+
+    def _last_damage(self, name: str) -> float:
+        """A stand-in for the damage of the layer's next step, not measured yet: four times that of its last one.
+
+        The squared error of rounding grows fourfold with each bit.
+        """
+        return 4 * self.damage[name].get(self.bits[name], 0.0)
+
+    def _regained(self, bits: Bits) -> float:
+        """Damage that raising layers from the present bits to `bits` takes back."""
+        return sum(
+            damage
+            for name in self.names
+            for rung, damage in self.damage[name].items()
+            if self.bits[name] <= rung < bits[name]
+        )
+
+    def _refill(self, bits: Bits, budget: float, fixed: str | None = None) -> Bits:
+        while True:
+            slack = budget * (1 + 1e-9) - self.total(bits)
+            options = []
+            for name in self.names:
+                rung = bits[name]
+                if name == fixed or rung not in self.damage[name]:
+                    continue
+                upper = self.candidates[self.candidates.index(rung) + 1]
+                if self.table[name][upper] - self.table[name][rung] <= slack:
+                    options.append((self.damage[name][rung], name, upper))
+            if not options:
+                return bits
+            _, name, upper = max(options)
+            bits[name] = upper
+
+    # State -------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers that JSON can hold."""
+        return {
+            "bits": self.bits,
+            "damage": {name: list(rungs.items()) for name, rungs in self.damage.items()},
+            "found": [[budget, strategy.to_json()] for budget, strategy in self.found.items()],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if list(state["bits"]) != self.names:
+            raise ValueError("The saved search belongs to another network or other pins: start it anew.")
+        self.bits = dict(state["bits"])
+        self.damage = {name: {rung: value for rung, value in rungs} for name, rungs in state["damage"].items()}
+        self.found = {budget: Strategy.from_json(data) for budget, data in state["found"]}

@@ -1,0 +1,229 @@
+"""What decides which layer steps down next: the two-sided estimate, and the paper's trained DBPs.
+
+Both see, batch by batch, which side each layer drew (upper or lower bitwidth) and the gradient of the loss to its DBP,
+`<dL/dw_q, Q_upper(w) - Q_lower(w)>`.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..quantizers.stochastic import draw, gumbel_choice
+from .descent import Descent
+
+
+@dataclass(frozen=True)
+class Move:
+    """A layer to step down: `damage` is the loss that the step is estimated to cost, `error` the estimate's standard error."""
+
+    layer: str
+    damage: float
+    error: float
+
+
+@dataclass
+class RunningMean:
+    """Mean and its standard error with exponential forgetting: the newest sample weighs 1, the one before `keep`."""
+
+    keep: float = 0.97
+    count: int = 0
+    weight: float = 0.0
+    weight_squares: float = 0.0
+    total: float = 0.0
+    squares: float = 0.0
+
+    def add(self, x: float) -> None:
+        self.count += 1
+        self.weight = self.keep * self.weight + 1
+        self.weight_squares = self.keep**2 * self.weight_squares + 1
+        self.total = self.keep * self.total + x
+        self.squares = self.keep * self.squares + x * x
+
+    @property
+    def mean(self) -> float:
+        return self.total / self.weight if self.count else 0.0
+
+    @property
+    def error(self) -> float:
+        """Standard error of the mean; infinite below two samples."""
+        if self.count < 2:
+            return math.inf
+        share = self.weight_squares / self.weight**2
+        variance = max(0.0, self.squares / self.weight - self.mean**2) / (1 - share)
+        return math.sqrt(variance * share)
+
+
+@dataclass
+class _Sides:
+    upper: RunningMean = field(default_factory=RunningMean)
+    lower: RunningMean = field(default_factory=RunningMean)
+
+    @property
+    def damage(self) -> float:
+        return (self.upper.mean + self.lower.mean) / 2
+
+    @property
+    def error(self) -> float:
+        return math.hypot(self.upper.error, self.lower.error) / 2
+
+
+class TwoSided:
+    """Our extension of SDQ (METHOD 9): every DBP is held at one half, and the step with the least damage comes next.
+
+    The gradient to a DBP at the upper choice is blind to the loss's curvature with one sign, that at the lower choice
+    with the other. Their mean is the trapezoid rule for L(lower) - L(upper). Per layer and side a running mean is kept;
+    a layer is ready when both sides have 3 draws and the standard error is at most half the damage, or after 13 draws.
+
+    Args:
+        min_draws: draws per side before a layer may step. max_draws: draws (both sides) after which it may always.
+    """
+
+    def __init__(self, descent: Descent, seed: int, min_draws: int = 3, max_draws: int = 13):
+        self.descent, self.seed = descent, seed
+        self.min_draws, self.max_draws = min_draws, max_draws
+        self.sides = {name: _Sides() for name in descent.names}
+
+    def draw(self, step: int) -> dict[str, bool]:
+        """Layer -> True where the upper bitwidth is drawn in batch `step`; the same on every rank and after a resume."""
+        uniform = draw(self.seed, step, len(self.descent.names)).tolist()
+        return {name: u < 0.5 for name, u in zip(self.descent.names, uniform, strict=True)}
+
+    def observe(self, gradients: Mapping[str, float], drawn: Mapping[str, bool]) -> None:
+        for name, gradient in gradients.items():
+            sides = self.sides[name]
+            (sides.upper if drawn[name] else sides.lower).add(-gradient)
+
+    def _ready(self, sides: _Sides) -> bool:
+        draws = (sides.upper.count, sides.lower.count)
+        return min(draws) >= self.min_draws and (sides.error <= sides.damage / 2 or sum(draws) >= self.max_draws)
+
+    def next_move(self) -> Move | None:
+        """The ready layer with the least damage per saved cost; among those without damage the one that saves most."""
+        ready = [name for name in self.descent.movable if self._ready(self.sides[name])]
+        if not ready:
+            return None
+
+        def price(name: str) -> tuple[float, float]:
+            saved = self.descent.saved(name)
+            return max(self.sides[name].damage, 0.0) / saved, -saved
+
+        best = min(ready, key=price)
+        return Move(best, self.sides[best].damage, self.sides[best].error)
+
+    def reset(self, name: str) -> None:
+        self.sides[name] = _Sides()
+
+    def estimates(self) -> dict[str, tuple[float, float]]:
+        """Layer -> (damage of its next step, standard error), where both sides have been drawn."""
+        return {
+            name: (sides.damage, sides.error)
+            for name, sides in self.sides.items()
+            if min(sides.upper.count, sides.lower.count) >= 2
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: [vars(sides.upper), vars(sides.lower)] for name, sides in self.sides.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.sides = {name: _Sides(RunningMean(**upper), RunningMean(**lower)) for name, (upper, lower) in state.items()}
+
+
+class Paper:
+    """The paper's search as METHOD 3 reads it: DBPs beta = sigmoid(theta), trained through Gumbel-softmax.
+
+    `L = L_task + cost_weight sum_l s_l E[bits_l] + error_weight sum_l E[mse_l]`, by SGD with momentum: Adam would
+    normalise the cost away and all layers would step down alike (METHOD 8). s_l is the layer's share of the cost, or of
+    its square root, which grades better. A layer whose beta falls below `threshold` steps down with a fresh DBP and no
+    momentum; the lowest beta goes first.
+
+    METHOD 8 finds that the cost decides nearly everything here, so this is a layer-size rule in disguise.
+    """
+
+    def __init__(
+        self,
+        descent: Descent,
+        seed: int,
+        errors: Mapping[str, Mapping[int, float]],
+        lr: float = 1.0,
+        momentum: float = 0.9,
+        temperature: float = 1.0,
+        threshold: float = 0.05,
+        theta_start: float = 3.0,
+        cost_weight: float = 1.0,
+        error_weight: float = 1.0,
+        cost_shape: str = "sqrt",
+    ):
+        if cost_shape not in ("sqrt", "linear"):
+            raise ValueError(f"cost_shape must be 'sqrt' or 'linear', got {cost_shape!r}.")
+        self.descent, self.seed, self.errors = descent, seed, errors
+        self.lr, self.momentum, self.temperature, self.threshold = lr, momentum, temperature, threshold
+        self.theta_start, self.cost_weight, self.error_weight = theta_start, cost_weight, error_weight
+        # Cost of one bit more, whatever the ladder: shares of the whole.
+        rungs = descent.candidates
+        span = max(rungs) - min(rungs) or 1
+        sizes = {n: (descent.table[n][max(rungs)] - descent.table[n][min(rungs)]) / span for n in descent.names}
+        if cost_shape == "sqrt":
+            sizes = {name: math.sqrt(size) for name, size in sizes.items()}
+        whole = sum(sizes.values()) or 1.0
+        self.share = {name: size / whole for name, size in sizes.items()}
+        self.theta = torch.full((len(descent.names),), theta_start, dtype=torch.float64)
+        self.velocity = torch.zeros_like(self.theta)
+        self._soft: Tensor | None = None
+        self._leaf: Tensor | None = None
+
+    def draw(self, step: int) -> dict[str, bool]:
+        self._leaf = self.theta.clone().requires_grad_()
+        hard, self._soft = gumbel_choice(
+            self._leaf, draw(self.seed, step, len(self.descent.names)), temperature=self.temperature
+        )
+        return dict(zip(self.descent.names, hard.tolist(), strict=True))
+
+    def observe(self, gradients: Mapping[str, float], drawn: Mapping[str, bool]) -> None:
+        assert self._soft is not None and self._leaf is not None, "draw comes before observe"
+        names = self.descent.names
+        task = torch.tensor([gradients[name] for name in names], dtype=torch.float64)
+        (grad,) = torch.autograd.grad(self._soft, self._leaf, task)
+        beta = torch.sigmoid(self.theta)
+        for i, name in enumerate(names):
+            lower = self.descent.next_bits(name)
+            if lower is None:
+                grad[i] = 0
+                continue
+            upper = self.descent.bits[name]
+            push = self.cost_weight * self.share[name] * (upper - lower)
+            pull = self.error_weight * (self.errors[name][lower] - self.errors[name][upper])
+            grad[i] += (push - pull) * beta[i] * (1 - beta[i])
+        self.velocity = self.momentum * self.velocity + grad
+        # Beyond +-4 the sigmoid is flat and a layer would never come back.
+        self.theta = (self.theta - self.lr * self.velocity).clamp(-4, 4)
+
+    def next_move(self) -> Move | None:
+        beta = dict(zip(self.descent.names, torch.sigmoid(self.theta).tolist(), strict=True))
+        ready = [name for name in self.descent.movable if beta[name] < self.threshold]
+        if not ready:
+            return None
+        best = min(ready, key=lambda name: beta[name])
+        lower = self.descent.next_bits(best)
+        assert lower is not None
+        errors = self.errors[best]
+        # The paper's search estimates no damage; the growth of the quantization error orders the refill.
+        return Move(best, errors[lower] - errors[self.descent.bits[best]], 0.0)
+
+    def reset(self, name: str) -> None:
+        index = self.descent.names.index(name)
+        self.theta[index], self.velocity[index] = self.theta_start, 0.0
+
+    def estimates(self) -> dict[str, tuple[float, float]]:
+        """Layer -> (beta, 0)."""
+        return {name: (b, 0.0) for name, b in zip(self.descent.names, torch.sigmoid(self.theta).tolist(), strict=True)}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"theta": self.theta.tolist(), "velocity": self.velocity.tolist()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.theta = torch.tensor(state["theta"], dtype=torch.float64)
+        self.velocity = torch.tensor(state["velocity"], dtype=torch.float64)

@@ -1,0 +1,221 @@
+"""Options of `scripts/run_sdq.py`, from the command line or a YAML file."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import yaml
+from transformers import HfArgumentParser
+
+from ..strategy import FLOAT_BITS
+from .optim import OptimizerArguments
+
+
+def _option(default: Any, help: str) -> Any:
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class ModelArguments:
+    """The network and its quantizers."""
+
+    model: str = _option("resnet20_cifar", "timm model name.")
+    pretrained: bool = _option(False, "Start from timm's pretrained weights.")
+    checkpoint: str | None = _option(None, "File with float weights of the model, as timm reads it.")
+    candidates: list[int] = _option([1, 2, 3, 4, 5, 6, 7, 8], "Bitwidths that a layer may have.")
+    activation_bits: int = _option(4, f"Bits of activations between the first and the last layer; {FLOAT_BITS}: float.")
+    first_last_bits: int = _option(8, f"Bits of the first and last layer, which are not searched; {FLOAT_BITS}: float.")
+    pins: list[str] = _option([], "PATTERN=BITS of layers the search leaves alone, e.g. 'layer1.*=8'.")
+    weight_quantizer: Literal["lsq", "dorefa", "entropy"] = _option("lsq", "Form of the weight quantizer.")
+    weight_grid: Literal["midrise", "twos_complement"] = _option("midrise", "Levels of the weights.")
+
+
+@dataclass
+class DataArguments:
+    """Images. Default: the sample of Fashion-MNIST that comes with the repository."""
+
+    dataset: str | None = _option(None, "Hub id, or a local path of parquet, arrow, image folders or idx files.")
+    data_dir: str | None = _option(None, "Folder inside the data set, as in datasets.load_dataset.")
+    dataset_config: str | None = _option(None, "Configuration of the data set, as in datasets.load_dataset.")
+    image_column: str | None = _option(None, "Column of images; found by itself when not given.")
+    label_column: str | None = _option(None, "Column of labels; found by itself when not given.")
+    train_split: str | None = _option(None, "Name of the training split.")
+    validation_split: str | None = _option(None, "Name of the validation split; held out of train when there is none.")
+    test_split: str | None = _option(None, "Name of the test split, read once at the end.")
+    validation_fraction: float = _option(0.1, "Part of train held out for validation, stratified.")
+    max_train_samples: int | None = _option(None, "Use so many training images only.")
+    max_eval_samples: int | None = _option(None, "Use so many validation and test images only.")
+    img_size: int | None = _option(None, "Side of the images in pixels; default: the model's own.")
+    aug: Literal["none", "light", "rand"] = _option(
+        "light", "Augmentation: none, light (crop and flip), rand (RandAugment and erasing)."
+    )
+    mixup: float = _option(0.0, "timm's mixup alpha.")
+    cutmix: float = _option(0.0, "timm's cutmix alpha.")
+    label_smoothing: float = _option(0.0, "Label smoothing of the teacher's training.")
+    batch_size: int = _option(128, "Images per batch and process.")
+    workers: int = _option(0, "Processes that load images.")
+
+
+@dataclass
+class TeacherArguments:
+    """Training of the full-precision network, skipped with --pretrained or --checkpoint unless epochs are given."""
+
+    teacher_epochs: int | None = _option(None, "Passes over the training images; default 30, or 0 with given weights.")
+    teacher_opt: str = _option("sgd", "timm optimizer.")
+    teacher_lr: float = _option(0.1, "Learning rate at the peak.")
+    teacher_weight_decay: float = _option(5e-4, "Of conv and linear weights only.")
+    teacher_batch_size: int | None = _option(None, "Images per batch and process; default: --batch_size.")
+
+
+@dataclass
+class SearchArguments:
+    """Phase 1: budgets and how strategies for them are found."""
+
+    target_bits: list[float] = _option([], "Budgets in average weight bits of the searched layers, e.g. 2.0 3.6.")
+    target_bitops: list[float] = _option([], "Budgets in BitOPs, given as the uniform bits that cost as much, e.g. 2.")
+    search: Literal["two_sided", "paper"] = _option("two_sided", "two_sided (ours), or the paper's update.")
+    controls: list[str] = _option(["uniform", "greedy"], "Rows to compare with: uniform, greedy, none.")
+    start_bits: int | None = _option(None, "Bits at which all layers start; default 6 or above every budget.")
+    floors: list[str] = _option([], "PATTERN=BITS: fewest bits of the layers that match.")
+    max_search_batches: int = _option(20_000, "Give up a search after so many batches.")
+
+
+@dataclass
+class FinetuneArguments(OptimizerArguments):
+    """Phase 2: training at fixed bits, with distillation and bin regularization."""
+
+    kd_teacher: str | None = _option(None, "timm model that teaches; default: the full-precision network itself.")
+    kd_teacher_checkpoint: str | None = _option(None, "Its weights; default: timm's pretrained ones.")
+    ebr_weight: float = _option(0.0, "Weight of entropy-aware bin regularization; the paper's is 0.1, meant for dorefa.")
+    model_ema: bool = _option(False, "Keep the exponential moving average of the weights (timm's ModelEmaV3).")
+    model_ema_decay: float = _option(0.998, "Its decay.")
+    bn_batches: int = _option(50, "Batches from which batch norm is calibrated anew at the end; 0: none.")
+
+
+@dataclass
+class RunArguments:
+    """The run itself."""
+
+    output_dir: str = _option("runs/sdq", "Folder for everything the run writes.")
+    stage: Literal["all", "teacher", "search", "finetune", "evaluate"] = _option(
+        "all", "What to do; a single stage builds on what earlier ones left in output_dir."
+    )
+    resume: bool = _option(False, "Go on where the run in output_dir stopped.")
+    seed: int = _option(0, "Of weights, data order, augmentation and draws.")
+    mixed_precision: Literal["no", "fp16", "bf16"] = _option("no", "As in Accelerate.")
+    gradient_accumulation_steps: int = _option(1, "Batches per update.")
+    cpu: bool = _option(False, "Stay on the CPU where there is a GPU.")
+    report_to: list[str] = _option([], "Trackers of Accelerate: tensorboard, trackio, wandb.")
+
+
+@dataclass
+class Arguments:
+    model: ModelArguments
+    data: DataArguments
+    teacher: TeacherArguments
+    search: SearchArguments
+    finetune: FinetuneArguments
+    run: RunArguments
+
+    def to_dict(self) -> dict[str, Any]:
+        """All options by name, as they would stand in a YAML file."""
+        return {key: value for group in vars(self).values() for key, value in asdict(group).items()}
+
+
+class ArgumentError(ValueError):
+    """A wrong option: one line."""
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        unknown = message.removeprefix("unrecognized arguments: ").split()[0] if "unrecognized" in message else ""
+        near = get_close_matches(unknown, list(self._option_string_actions), n=1) if unknown else []
+        raise ArgumentError(message + (f" (did you mean {near[0]}?)" if near else ""))
+
+
+def parse_arguments(argv: Sequence[str]) -> Arguments:
+    """Options from `argv`: an optional YAML file first, then options that override it.
+
+    Raises `ArgumentError` with one line for an option that is unknown or wrong. `--help` prints and exits.
+    """
+    groups = [ModelArguments, DataArguments, TeacherArguments, SearchArguments, FinetuneArguments, RunArguments]
+    parser = _Parser(
+        groups,
+        allow_abbrev=False,
+        prog="run_sdq.py",
+        usage="run_sdq.py [FILE.yaml] [--option value ...]",
+        description="Learn the bitwidth of each layer (SDQ), fine-tune at those bits, and write a packed model.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    argv = list(argv)
+    if argv and argv[0].endswith((".yaml", ".yml")):
+        argv = _yaml_options(Path(argv[0]), {f.name for group in groups for f in fields(group)}) + argv[1:]
+    try:
+        parsed = parser.parse_args_into_dataclasses(argv)
+    except ArgumentError:
+        raise
+    except ValueError as error:
+        raise ArgumentError(str(error)) from None
+    arguments = Arguments(*parsed)
+    _check(arguments)
+    return arguments
+
+
+def _yaml_options(path: Path, known: set[str]) -> list[str]:
+    """The file's entries as command-line options, so that both are checked by the same rules."""
+    try:
+        entries = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ArgumentError(f"{path}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise ArgumentError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(entries, dict):
+        raise ArgumentError(f"{path} must hold `option: value` lines.")
+    argv: list[str] = []
+    for key, value in entries.items():
+        if key not in known:
+            near = get_close_matches(str(key), known, n=1)
+            raise ArgumentError(f"{path}: unknown option {key!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
+        if value is not None and value != []:
+            argv += [f"--{key}", *(str(v) for v in (value if isinstance(value, list) else [value]))]
+    return argv
+
+
+def _check(arguments: Arguments) -> None:
+    search, run, tune, data = arguments.search, arguments.run, arguments.finetune, arguments.data
+    if not search.target_bits and not search.target_bitops:
+        search.target_bits = [2.0]
+    for control in search.controls:
+        if control not in ("uniform", "greedy", "none"):
+            raise ArgumentError(f"--controls takes uniform, greedy and none, got {control!r}")
+    positive = {
+        "epochs": tune.epochs,
+        "batch_size": data.batch_size,
+        "gradient_accumulation_steps": run.gradient_accumulation_steps,
+        "lr": tune.lr,
+        "teacher_lr": arguments.teacher.teacher_lr,
+        "max_search_batches": search.max_search_batches,
+    }
+    for name, value in positive.items():
+        if value <= 0:
+            raise ArgumentError(f"--{name} must be above 0, got {value}")
+    if not 0 < data.validation_fraction < 1:
+        raise ArgumentError(f"--validation_fraction must be between 0 and 1, got {data.validation_fraction}")
+    bits_by_pattern(arguments.model.pins, "pins")
+    bits_by_pattern(search.floors, "floors")
+
+
+def bits_by_pattern(entries: Sequence[str], option: str) -> dict[str, int]:
+    """`["stem.*=8"]` -> `{"stem.*": 8}`; `ArgumentError` for anything else."""
+    result = {}
+    for entry in entries:
+        pattern, _, bits = entry.rpartition("=")
+        if not pattern or not bits.isdigit():
+            raise ArgumentError(f"--{option} takes PATTERN=BITS, e.g. 'layer1.*=8', got {entry!r}")
+        result[pattern] = int(bits)
+    return result

@@ -1,0 +1,269 @@
+"""Image data: any data set that `datasets` reads, MNIST-like idx files, and the bundled sample of Fashion-MNIST."""
+
+import gzip
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, cast
+
+import datasets
+import numpy as np
+from datasets import ClassLabel, Dataset, DatasetDict, Image
+
+BUNDLED = Path(__file__).parents[2] / "scripts" / "data" / "fashion_mnist_sample"
+BUILDERS = ("imagefolder", "parquet", "arrow")
+_SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval"),
+}
+_LABELS = ("label", "labels", "class", "target", "fine_label", "category")
+
+
+class DataError(ValueError):
+    """Data that cannot be used; one line that names the split or column, what it got and what was expected."""
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """`splits` "train", "validation" and "test", each with an image column and a ClassLabel column.
+
+    channels: 1 (grey) or 3. image_size: (height, width) of the first image; others may differ.
+    """
+
+    splits: dict[str, Dataset]
+    image_column: str
+    label_column: str
+    label_names: list[str]
+    channels: int
+    image_size: tuple[int, int]
+
+
+def load_image_data(
+    dataset: str | None = None,
+    *,
+    data_dir: str | None = None,
+    config_name: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    train_split: str | None = None,
+    validation_split: str | None = None,
+    test_split: str | None = None,
+    validation_fraction: float = 0.1,
+    seed: int = 0,
+    max_train_samples: int | None = None,
+    max_eval_samples: int | None = None,
+) -> ImageData:
+    """Load images with labels.
+
+    Args:
+        dataset: a Hub id; a local folder of parquet files, arrow files (`save_to_disk`), class folders or MNIST-like idx
+            files; or a builder ("imagefolder", "parquet", "arrow") with `data_dir`. None: the bundled sample.
+        data_dir, config_name: as in `datasets.load_dataset`.
+        image_column, label_column: found by themselves from the features when not given.
+        train_split, validation_split, test_split: found by their usual names when not given. Where there is no
+            validation split, a part of train is held out, stratified by label. Where there is no test split (or none
+            with labels), the validation split is the test split, or another part of train is held out.
+        validation_fraction: the part held out. seed: of what is held out, and of the samples taken.
+        max_train_samples, max_eval_samples: take so many only, at random.
+
+    Raises `DataError`.
+    """
+    source = _open(dataset, data_dir, config_name)
+    names = {
+        role: _find_split(source, role, given)
+        for role, given in (("train", train_split), ("validation", validation_split), ("test", test_split))
+    }
+    if names["train"] is None:
+        raise DataError(f"The data has no training split, only {', '.join(source)}: name it with train_split.")
+    splits = {role: source[name] for role, name in names.items() if name is not None}
+    for role, split in splits.items():
+        if len(split) == 0:
+            raise DataError(f"The {role} split ({names[role]!r}) is empty.")
+    train = splits["train"]
+    images = _image_column(train, image_column)
+    labels = _label_column(train, label_column)
+    splits = {role: _with_image_feature(split, images) for role, split in splits.items()}
+    splits, label_names = _with_class_labels(splits, labels)
+    splits = _hold_out(splits, labels, validation_fraction, seed)
+    for role, limit in (
+        ("train", max_train_samples),
+        ("validation", max_eval_samples),
+        ("test", max_eval_samples),
+    ):
+        if limit is not None and limit < len(splits[role]):
+            splits[role] = splits[role].shuffle(seed=seed).select(range(limit))
+    first = splits["train"][0][images]
+    channels = 1 if first.mode in ("1", "L", "I", "I;16", "F") else 3
+    return ImageData(splits, images, labels, label_names, channels, (first.height, first.width))
+
+
+def _open(dataset: str | None, data_dir: str | None, config_name: str | None) -> DatasetDict:
+    if dataset is None:
+        if not BUNDLED.exists():
+            raise DataError("The bundled sample is part of a checkout of the repository, not of the package: name a dataset.")
+        dataset = str(BUNDLED)
+    path = Path(dataset) / data_dir if data_dir and Path(dataset).is_dir() else Path(dataset)
+    try:
+        if dataset in BUILDERS:
+            if not data_dir or not Path(data_dir).is_dir():
+                raise DataError(f"The data set {dataset!r} needs data_dir, a folder that exists; got {data_dir!r}.")
+            loaded = datasets.load_dataset(dataset, data_dir=data_dir)
+        elif path.is_dir() and (idx := _read_idx(path)) is not None:
+            loaded = idx
+        elif path.is_dir() and any((path / f).exists() for f in ("dataset_dict.json", "state.json")):
+            loaded = datasets.load_from_disk(str(path))
+        elif path.is_dir():
+            loaded = datasets.load_dataset(str(path))
+        else:
+            loaded = datasets.load_dataset(dataset, config_name, data_dir=data_dir)
+    except DataError:
+        raise
+    except Exception as error:  # `datasets` raises a dozen kinds of errors, many of several lines
+        kind = "folder" if path.is_dir() else "Hub id (and there is no local folder of that name)"
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(f"Cannot read the data set {dataset!r} as a {kind}: {reason}") from error
+    if isinstance(loaded, Dataset):
+        loaded = DatasetDict({"train": loaded})
+    return cast(DatasetDict, loaded)
+
+
+# idx files ---------------------------------------------------------------------------------------------------------
+
+
+def _read_idx(folder: Path) -> DatasetDict | None:
+    """The splits of a folder of MNIST-like files (`train-images-idx3-ubyte`, with .gz or without), None without such."""
+    result = {}
+    for split, prefixes in (("train", ("train",)), ("test", ("t10k", "test"))):
+        for prefix in prefixes:
+            images = sorted(folder.glob(f"{prefix}-images*idx*"))
+            labels = sorted(folder.glob(f"{prefix}-labels*idx*"))
+            if images and labels:
+                x, y = read_idx_file(images[0]), read_idx_file(labels[0])
+                if len(x) != len(y):
+                    raise DataError(f"{images[0].name} holds {len(x)} images, {labels[0].name} {len(y)} labels.")
+                features = datasets.Features({"image": Image(), "label": datasets.Value("int64")})
+                result[split] = Dataset.from_dict({"image": list(x), "label": y.astype(int).tolist()}, features=features)
+    return DatasetDict(result) if result else None
+
+
+def read_idx_file(path: Path) -> np.ndarray:
+    """The uint8 array of an idx file (LeCun's format): images [N, H, W] or [N, H, W, 3], labels [N]."""
+    data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    if len(data) < 4 or data[:3] != b"\0\0\x08":
+        raise DataError(f"{path.name} is not an idx file of bytes: it must begin with 00 00 08, got {data[:3].hex(' ')}.")
+    shape = np.frombuffer(data, ">i4", count=data[3], offset=4)
+    values = np.frombuffer(data, np.uint8, offset=4 + 4 * data[3])
+    if values.size != shape.prod():
+        raise DataError(f"{path.name} announces {shape.prod()} values in shape {shape.tolist()} and holds {values.size}.")
+    return values.reshape(shape)
+
+
+# Splits and columns --------------------------------------------------------------------------------------------------
+
+
+def _find_split(source: DatasetDict, role: str, given: str | None) -> str | None:
+    if given is not None:
+        if given not in source:
+            raise DataError(f"The data has no split {given!r} for {role}_split; it has {', '.join(source)}.")
+        return given
+    return next((name for name in _SPLITS[role] if name in source), None)
+
+
+def _known(split: Dataset, column: str, option: str) -> str:
+    if column not in split.column_names:
+        near = get_close_matches(column, split.column_names, n=1)
+        hint = f"did you mean {near[0]!r}? It" if near else "it"
+        raise DataError(f"{option}: the data has no column {column!r}; {hint} has {', '.join(split.column_names)}.")
+    return column
+
+
+def _image_column(split: Dataset, given: str | None) -> str:
+    if given is not None:
+        return _known(split, given, "image_column")
+    found = [name for name, feature in split.features.items() if isinstance(feature, Image)]
+    found += [name for name in ("image", "img", "pixel_values") if name in split.column_names and name not in found]
+    if not found:
+        raise DataError(f"No column of images found among {', '.join(split.column_names)}: name it with image_column.")
+    return found[0]
+
+
+def _label_column(split: Dataset, given: str | None) -> str:
+    if given is not None:
+        return _known(split, given, "label_column")
+    found = [name for name, feature in split.features.items() if isinstance(feature, ClassLabel)]
+    found = sorted(found, key=lambda name: name not in _LABELS)
+    found += [name for name in _LABELS if name in split.column_names and name not in found]
+    if not found:
+        raise DataError(f"No column of labels found among {', '.join(split.column_names)}: name it with label_column.")
+    return found[0]
+
+
+def _with_image_feature(split: Dataset, column: str) -> Dataset:
+    if isinstance(split.features[column], Image):
+        return split
+    try:
+        split = split.cast_column(column, Image())
+        split[0][column].load()
+        return split
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(f"Column {column!r} does not hold images: {reason}") from error
+
+
+def _with_class_labels(splits: dict[str, Dataset], column: str) -> tuple[dict[str, Dataset], list[str]]:
+    """The splits with a ClassLabel column, and its names. A test split whose labels are all -1 (hidden) is left out."""
+    feature = splits["train"].features[column]
+    values = {role: split.unique(column) for role, split in splits.items()}
+    if set(values.get("test", [])) == {-1}:
+        splits = {role: split for role, split in splits.items() if role != "test"}
+        values.pop("test")
+    if isinstance(feature, ClassLabel):
+        names = list(feature.names)
+    elif all(isinstance(v, str) for v in values["train"]):
+        names = sorted(values["train"])
+    elif all(isinstance(v, int) for v in values["train"]):
+        names = [str(i) for i in range(max(values["train"], default=0) + 1)]
+    else:
+        raise DataError(f"Column {column!r} must hold class numbers or names, got {values['train'][0]!r}.")
+    position = {name: i for i, name in enumerate(names)}
+    result = {}
+    for role, split in splits.items():
+        wrong = [v for v in values[role] if (v not in position if isinstance(v, str) else not _in_range(v, len(names)))]
+        if wrong:
+            raise DataError(
+                f"Column {column!r} of the {role} split has the label {wrong[0]!r}; expected one of the {len(names)} "
+                f"classes of train (0 to {len(names) - 1})."
+            )
+        if not isinstance(feature, ClassLabel) or split.features[column] != feature:
+            new = [position[v] if isinstance(v, str) else v for v in split[column]]
+            split = split.remove_columns(column).add_column(column, new)  # type: ignore[call-arg]
+            split = split.cast_column(column, ClassLabel(names=names))
+        result[role] = split
+    return result, names
+
+
+def _in_range(value: Any, count: int) -> bool:
+    return isinstance(value, int) and 0 <= value < count
+
+
+def _hold_out(splits: dict[str, Dataset], column: str, fraction: float, seed: int) -> dict[str, Dataset]:
+    splits = dict(splits)
+    if "test" not in splits and "validation" in splits:
+        splits["test"] = splits.pop("validation")
+    for role in ("test", "validation"):
+        if role not in splits:
+            try:
+                parts = splits["train"].train_test_split(fraction, stratify_by_column=column, seed=seed)
+            except ValueError as error:
+                raise DataError(
+                    f"Cannot hold out {fraction:g} of {len(splits['train'])} training images for {role}, stratified by "
+                    f"{column!r}: {error}"
+                ) from error
+            splits["train"], splits[role] = parts["train"], parts["test"]
+    return {role: splits[role] for role in ("train", "validation", "test")}
+
+
+def with_channels(image: Any, channels: int) -> Any:
+    """A PIL image in mode L or RGB, as `channels` (1 or 3) says."""
+    return image.convert("L" if channels == 1 else "RGB")

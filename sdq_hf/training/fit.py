@@ -1,0 +1,181 @@
+"""The training loop that the teacher and the quantized student share, on Accelerate."""
+
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, skip_first_batches
+from accelerate.data_loader import DataLoaderShard
+from safetensors.torch import load_file, save_file
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from .evaluation import evaluate
+from .interrupt import Interrupt
+from .optim import OptimizerArguments, create_optimizer, create_scheduler
+from .progress import Progress
+
+# (images, labels, progress of the training from 0 to 1) -> loss
+LossFunction = Callable[[nn.Module, Tensor, Tensor, float], Tensor]
+
+
+@dataclass
+class FitState:
+    """How far a training is. Written beside Accelerate's state, so a resumed run goes on where this one stopped."""
+
+    update: int = 0
+    best_top1: float = -1.0
+    best_epoch: int = -1
+    seconds: float = 0.0
+    history: list[dict[str, float]] = field(default_factory=list)
+
+
+def fit(
+    model: nn.Module,
+    loss_function: LossFunction,
+    loaders: Mapping[str, Any],
+    options: OptimizerArguments,
+    accelerator: Accelerator,
+    checkpoint_dir: Path,
+    *,
+    name: str = "train",
+    resume: bool = False,
+    model_ema: bool = False,
+    model_ema_decay: float = 0.998,
+    save_every: int = 1,
+    interrupt: Interrupt | None = None,
+    note: Callable[[], dict[str, float]] | None = None,
+) -> FitState:
+    """Train `model` in place; afterwards it holds the state (weights or their moving average) that was best on validation.
+
+    Args:
+        loss_function: `(model, images, labels, progress)` -> 0-d loss.
+        loaders: "train" and "validation", prepared by `accelerator`; batches have pixel_values and labels.
+        checkpoint_dir: the training state is kept here while the training lasts. With `resume` it goes on from there.
+        note: more numbers for the progress bar, e.g. average bits.
+    """
+    interrupt = interrupt or Interrupt()
+    train: DataLoaderShard = loaders["train"]
+    per_epoch = math.ceil(len(train) / accelerator.gradient_accumulation_steps)
+    optimizer = create_optimizer(model, options)
+    scheduler = create_scheduler(optimizer, options, per_epoch)
+    wrapped, prepared = accelerator.prepare(model, optimizer)
+    ema = ModelEmaV3(model, decay=model_ema_decay, use_warmup=True) if model_ema else None
+    state = FitState()
+    best = checkpoint_dir / "best.safetensors"
+    checkpoint = _Checkpoint(accelerator, checkpoint_dir / "checkpoint", wrapped, prepared, ema)
+    if resume and checkpoint.exists():
+        state = checkpoint.load()
+        accelerator.print(f"{name}: goes on from update {state.update} of {per_epoch * options.epochs}.")
+    epoch, started = state.update // per_epoch, time.perf_counter() - state.seconds
+    progress = Progress(accelerator, name, options.epochs, len(train), train.total_batch_size)
+    while epoch < options.epochs:
+        if hasattr(train, "set_epoch"):
+            train.set_epoch(epoch)
+        done = state.update - epoch * per_epoch
+        batches = skip_first_batches(train, done * accelerator.gradient_accumulation_steps) if done else train
+        progress.start(epoch, done)
+        wrapped.train()
+        for batch in batches:
+            with accelerator.accumulate(wrapped):
+                scheduler.step_update(state.update)
+                with accelerator.autocast():
+                    share = state.update / (per_epoch * options.epochs)
+                    loss = loss_function(wrapped, batch["pixel_values"], batch["labels"], share)
+                accelerator.backward(loss)
+                if accelerator.sync_gradients and options.clip_grad > 0:
+                    accelerator.clip_grad_norm_(wrapped.parameters(), options.clip_grad)
+                prepared.step()
+                prepared.zero_grad()
+            progress.batch(loss, len(batch["labels"]), note() if note else {})
+            if not accelerator.sync_gradients:
+                continue
+            state.update += 1
+            if ema is not None:
+                ema.update(accelerator.unwrap_model(wrapped), step=state.update)
+            if interrupt.requested(accelerator):
+                state.seconds = time.perf_counter() - started
+                checkpoint.save(state)
+                interrupt.stop()
+        evaluated = ema.module if ema is not None else wrapped
+        metrics = evaluate(evaluated, loaders["validation"], accelerator)
+        epoch += 1
+        if metrics["top1"] > state.best_top1:
+            state.best_top1, state.best_epoch = metrics["top1"], epoch
+            _write_best(accelerator, ema.module if ema is not None else model, best)
+        row = {"epoch": epoch, "train_loss": progress.mean_loss, **{f"validation_{k}": v for k, v in metrics.items()}}
+        state.history.append(row)
+        accelerator.log({f"{name}/{key}": value for key, value in row.items()}, step=state.update)
+        progress.finish(metrics)
+        state.seconds = time.perf_counter() - started
+        if epoch % save_every == 0 and epoch < options.epochs:
+            checkpoint.save(state)
+    accelerator.wait_for_everyone()
+    if best.exists():
+        model.load_state_dict(load_file(best, device=str(accelerator.device)))
+    return state
+
+
+def _write_best(accelerator: Accelerator, model: nn.Module, path: Path) -> None:
+    if accelerator.is_main_process:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_suffix(".tmp")
+        save_file({key: value.contiguous() for key, value in model.state_dict().items()}, beside)
+        os.replace(beside, path)
+    accelerator.wait_for_everyone()
+
+
+class _Checkpoint:
+    """Accelerate's training state and our counters, written beside the old one and then renamed over it."""
+
+    def __init__(
+        self, accelerator: Accelerator, path: Path, model: nn.Module, optimizer: Any, ema: ModelEmaV3 | None
+    ) -> None:
+        self.accelerator, self.path = accelerator, path
+        # Accelerate saves every model and optimizer that it ever prepared; only these two belong to this training.
+        accelerator._models[:], accelerator._optimizers[:] = [model], [optimizer]
+        accelerator._custom_objects[:] = [] if ema is None else [ema]
+
+    def exists(self) -> bool:
+        return (self.path / "fit.json").exists()
+
+    def save(self, state: FitState) -> None:
+        beside = self.path.with_name(self.path.name + ".new")
+        if self.accelerator.is_main_process:
+            shutil.rmtree(beside, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.save_state(str(beside), safe_serialization=True)
+        if self.accelerator.is_main_process:
+            (beside / "fit.json").write_text(json.dumps(asdict(state)))
+            shutil.rmtree(self.path, ignore_errors=True)
+            os.replace(beside, self.path)
+        self.accelerator.wait_for_everyone()
+
+    def load(self) -> FitState:
+        self.accelerator.load_state(str(self.path))
+        return FitState(**json.loads((self.path / "fit.json").read_text()))
+
+
+@torch.no_grad()
+def recalibrate(model: Any, loaders: Mapping[str, Any], accelerator: Accelerator, num_batches: int) -> None:
+    """Gather batch-norm statistics anew (METHOD 6.3), averaged over ranks; kept where validation does not get worse."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None]
+    if not norms or num_batches < 1:
+        return
+    before = evaluate(model, loaders["validation"], accelerator)["loss"]
+    old = [(norm.running_mean.clone(), norm.running_var.clone()) for norm in norms]
+    model.recalibrate_batch_norm(loaders["calibration"], num_batches)
+    for norm in norms:
+        norm.running_mean.copy_(accelerator.reduce(norm.running_mean, reduction="mean"))
+        norm.running_var.copy_(accelerator.reduce(norm.running_var, reduction="mean"))
+    if evaluate(model, loaders["validation"], accelerator)["loss"] > before:
+        for norm, (mean, var) in zip(norms, old, strict=True):
+            norm.running_mean.copy_(mean)
+            norm.running_var.copy_(var)

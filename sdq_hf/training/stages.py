@@ -1,0 +1,467 @@
+"""The stages of a run: teacher, search, finetune, evaluate. Each leaves its result in the run's folder.
+
+    teacher/model.safetensors        float weights
+    search/strategies.json           one entry per strategy; search/<name>.json: the log of each search
+    models/<name>/                   packed model, with config.json
+    finetune/<name>.json             validation metrics and time
+    results.json, plots/*.png        the end
+"""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..modeling_sdq import SDQForImageClassification, create_backbone
+from ..search import SearchLog, SearchState, search
+from ..strategy import Strategy
+from .arguments import ArgumentError, Arguments, bits_by_pattern
+from .data import ImageData, load_image_data
+from .loaders import build_loaders, build_mixup
+from .evaluation import evaluate, logits_of
+from .fit import fit, recalibrate
+from .interrupt import Interrupt, Interrupted
+from .losses import distillation, ramp, total_bin_regularization
+from .optim import OptimizerArguments
+
+STAGES = ("teacher", "search", "finetune", "evaluate")
+_LEFT_BY = {
+    "teacher": ["teacher"],
+    "search": ["search"],
+    "finetune": ["finetune", "models"],
+    "evaluate": ["results.json", "plots"],
+}
+# Options that may differ when a run is resumed.
+_FREE = {"stage", "resume", "output_dir", "report_to", "workers", "cpu"}
+
+
+class Run:
+    """One run in `arguments.run.output_dir`. Call the stages in their order."""
+
+    def __init__(self, arguments: Arguments, interrupt: Interrupt):
+        self.arguments, self.interrupt = arguments, interrupt
+        self.folder = Path(arguments.run.output_dir)
+        self.accelerator = _accelerator(arguments)
+        self._prepare_folder()
+        self.data = _load_data(arguments)
+        self.model_args: dict[str, Any] = {"in_chans": self.data.channels}
+        self.network = self._create_float_network()
+        self.base = self._quantize(self.network)
+        self._loaders: dict[int, dict[str, Any]] = {}
+
+    # Folder ------------------------------------------------------------------------------------------------------
+
+    def _prepare_folder(self) -> None:
+        run, path = self.arguments.run, self.folder / "arguments.json"
+        options = self.arguments.to_dict()
+        if run.resume or run.stage not in ("all", "teacher"):
+            if not path.exists():
+                raise ArgumentError(f"--output_dir {self.folder} holds no run to go on with: start one without --resume")
+            if run.resume:
+                _check_same(json.loads(path.read_text()), options)
+        elif self.folder.exists() and not path.exists() and any(self.folder.iterdir()):
+            raise ArgumentError(f"--output_dir {self.folder} is not empty and holds no earlier run: choose another folder")
+        if self.accelerator.is_main_process:
+            if not run.resume:
+                first = 0 if run.stage == "all" else STAGES.index(run.stage)
+                for stage in STAGES[first:]:
+                    for name in _LEFT_BY[stage]:
+                        _remove(self.folder / name)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(path, options)
+        self.accelerator.wait_for_everyone()
+
+    def _missing(self, stage: str) -> ArgumentError:
+        return ArgumentError(f"--output_dir {self.folder} has no result of the stage {stage!r}: run that stage first")
+
+    # Network and data --------------------------------------------------------------------------------------------
+
+    def _create_float_network(self) -> nn.Module:
+        model = self.arguments.model
+        set_seed(self.arguments.run.seed)
+        network = create_backbone(
+            model.model,
+            pretrained=model.pretrained,
+            checkpoint_path=model.checkpoint or "",
+            num_classes=len(self.data.label_names),
+            **self.model_args,
+        )
+        return network.to(self.accelerator.device, memory_format=torch.channels_last)
+
+    def _quantize(self, network: nn.Module) -> SDQForImageClassification:
+        model = self.arguments.model
+        quantized = SDQForImageClassification.from_float(
+            network,
+            model.model,
+            id2label=dict(enumerate(self.data.label_names)),
+            model_args=self.model_args,
+            img_size=self.arguments.data.img_size,
+            candidates=model.candidates,
+            activation_bits=model.activation_bits,
+            first_last_bits=model.first_last_bits,
+            pins=bits_by_pattern(model.pins, "pins"),
+            weight_quantizer=model.weight_quantizer,
+            weight_grid=model.weight_grid,
+        )
+        return quantized.to(self.accelerator.device, memory_format=torch.channels_last)
+
+    def loaders(self, batch_size: int | None = None) -> dict[str, Any]:
+        """Loaders by split, prepared by Accelerate: train, validation, test, calibration."""
+        data = self.arguments.data
+        size = batch_size or data.batch_size
+        if size not in self._loaders:
+            loaders = build_loaders(
+                self.data,
+                self.base.config.pretrained_cfg,
+                batch_size=size,
+                img_size=data.img_size,
+                aug=data.aug,
+                num_workers=data.workers,
+                seed=self.arguments.run.seed,
+            )
+            self._loaders[size] = {name: self.accelerator.prepare(loader) for name, loader in loaders.items()}
+        return self._loaders[size]
+
+    # Stages ------------------------------------------------------------------------------------------------------
+
+    def teacher(self) -> None:
+        """Train the full-precision network, unless its weights were given."""
+        path = self.folder / "teacher" / "model.safetensors"
+        if path.exists() and self._wants("teacher"):
+            return self._load_teacher()
+        if not self._wants("teacher"):
+            if not path.exists():
+                raise self._missing("teacher")
+            return self._load_teacher()
+        options, data = self.arguments.teacher, self.arguments.data
+        epochs = options.teacher_epochs
+        if epochs is None:
+            epochs = 0 if self.arguments.model.pretrained or self.arguments.model.checkpoint else 30
+        started, loaders = time.perf_counter(), self.loaders(options.teacher_batch_size)
+        if epochs:
+            mixup = build_mixup(data.mixup, data.cutmix, data.label_smoothing, len(self.data.label_names))
+
+            def loss(model: nn.Module, images: Tensor, labels: Tensor, progress: float) -> Tensor:
+                if mixup is None:
+                    return F.cross_entropy(logits_of(model(images)).float(), labels, label_smoothing=data.label_smoothing)
+                images, targets = mixup(images, labels)
+                return -(targets * F.log_softmax(logits_of(model(images)).float(), dim=-1)).sum(dim=-1).mean()
+
+            recipe = OptimizerArguments(
+                epochs=epochs,
+                opt=options.teacher_opt,
+                lr=options.teacher_lr,
+                weight_decay=options.teacher_weight_decay,
+            )
+            set_seed(self.arguments.run.seed)
+            fit(
+                self.network,
+                loss,
+                loaders,
+                recipe,
+                self.accelerator,
+                path.parent,
+                name="teacher",
+                resume=self.arguments.run.resume,
+                interrupt=self.interrupt,
+            )
+        metrics = evaluate(self.network, loaders["validation"], self.accelerator)
+        if self.accelerator.is_main_process:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path.parent / "teacher.json", {"seconds": time.perf_counter() - started, "validation": metrics})
+            save_tensors({k: v.contiguous() for k, v in self.network.state_dict().items()}, path)
+            _remove(path.parent / "checkpoint")
+            _remove(path.parent / "best.safetensors")
+        self.accelerator.wait_for_everyone()
+        self._load_teacher()
+
+    def _load_teacher(self) -> None:
+        state = load_file(self.folder / "teacher" / "model.safetensors")
+        self.network.load_state_dict(state)
+        self.network.eval()
+        self.base.load_float_state(state)
+        self.base.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.base.calibrate(self.loaders()["calibration"])
+
+    def search(self) -> list[dict[str, Any]]:
+        """Find the strategies of all budgets, with SDQ and with the controls."""
+        path = self.folder / "search" / "strategies.json"
+        if path.exists():
+            return json.loads(path.read_text())
+        if not self._wants("search"):
+            raise self._missing("search")
+        options = self.arguments.search
+        entries: list[dict[str, Any]] = []
+        start = self.base.strategy
+        for cost, targets in (("bits", options.target_bits), ("bitops", options.target_bitops)):
+            if not targets:
+                continue
+            budgets = [target if cost == "bits" else _bitops_of_uniform(start, target) for target in targets]
+            methods = [("sdq", options.search)] + [("greedy", "greedy")] * ("greedy" in options.controls)
+            for label, method in methods:
+                found, seconds, log = self._search_one(f"{label}-{cost}", budgets, cost, method)
+                for target, budget, strategy in zip(targets, budgets, found, strict=True):
+                    entries.append(
+                        {
+                            "name": f"{label}-{cost}-{target:g}",
+                            "method": label,
+                            "cost": cost,
+                            "budget": budget,
+                            "seconds": seconds,
+                            "batches": log.moves[-1]["batch"] + 1 if log.moves and label == "sdq" else 0,
+                            "strategy": strategy.to_json(),
+                        }
+                    )
+        if "uniform" in options.controls:
+            # The next whole number, so that uniform bits never have less to spend.
+            for bits in sorted({-int(-t // 1) for t in [*options.target_bits, *options.target_bitops]}):
+                strategy = start.with_bits(bits)
+                entries.append(
+                    {
+                        "name": f"uniform-{bits}",
+                        "method": "uniform",
+                        "cost": "bits",
+                        "budget": bits,
+                        "seconds": 0.0,
+                        "batches": 0,
+                        "strategy": strategy.to_json(),
+                    }
+                )
+        if self.accelerator.is_main_process:
+            write_json(path, entries)
+        self.accelerator.wait_for_everyone()
+        return entries
+
+    def _search_one(
+        self, name: str, budgets: list[float], cost: str, method: str
+    ) -> tuple[list[Strategy], float, SearchLog]:
+        options, run = self.arguments.search, self.arguments.run
+        folder = self.folder / "search"
+        log, checkpoint = SearchLog(), folder / f"{name}.checkpoint.json"
+        state = json.loads(checkpoint.read_text()) if run.resume and checkpoint.exists() else None
+        started = time.perf_counter() - (state["seconds"] if state else 0.0)
+        last_print = [time.perf_counter()]
+
+        def on_step(step: SearchState) -> None:
+            now = time.perf_counter()
+            if now - last_print[0] > 10:
+                last_print[0] = now
+                rate = self.accelerator.num_processes * step.images * (step.batch + 1) / (now - started)
+                self.accelerator.print(
+                    f"{name}: batch {step.batch + 1}, loss {step.loss:.4f}, cost {step.cost:.4g}, {rate:,.0f} images/s",
+                    flush=True,
+                )
+            stop = self.interrupt.requested(self.accelerator)
+            if (stop or step.batch % 200 == 199) and self.accelerator.is_main_process:
+                write_json(checkpoint, {**step.state_dict(), "seconds": now - started})
+            if stop:
+                self.interrupt.stop()
+
+        set_seed(run.seed)
+        strategies = search(
+            self.base,
+            self.loaders()["train"],
+            budgets,
+            cost,
+            method,
+            seed=run.seed,
+            start_bits=options.start_bits,
+            floors=bits_by_pattern(options.floors, "floors"),
+            max_batches=options.max_search_batches,
+            log=log,
+            accelerator=self.accelerator,
+            on_step=on_step,
+            resume_from=state,
+        )
+        seconds = time.perf_counter() - started
+        for budget, strategy in zip(budgets, strategies, strict=True):
+            self.accelerator.print(
+                f"{name}: for {budget:.4g} {log.cost}: {strategy.average_bits():.2f} average bits, "
+                f"{strategy.bitops() / 1e9:.4f} GBitOPs, bits {' '.join(str(b) for b in strategy.weight_bits.values())}",
+                flush=True,
+            )
+        if self.accelerator.is_main_process:
+            write_json(folder / f"{name}.json", {"seconds": seconds, "budgets": budgets, **log.to_json()})
+            _remove(checkpoint)
+        return strategies, seconds, log
+
+    def finetune(self, entries: list[dict[str, Any]]) -> None:
+        """Train the network at the bits of each strategy; save it packed, load it back and compare."""
+        for entry in entries:
+            name, record = entry["name"], self.folder / "finetune" / f"{entry['name']}.json"
+            if record.exists():
+                continue
+            if not self._wants("finetune"):
+                raise self._missing("finetune")
+            self._finetune_one(name, Strategy.from_json(entry["strategy"]), record)
+
+    def _finetune_one(self, name: str, strategy: Strategy, record: Path) -> None:
+        options, data, loaders = self.arguments.finetune, self.arguments.data, self.loaders()
+        set_seed(self.arguments.run.seed)
+        model = self._quantize(self.network)
+        model.set_strategy(strategy)
+        model.calibrate(loaders["calibration"])
+        teacher = self._kd_teacher()
+        mixup = build_mixup(data.mixup, data.cutmix, 0.0, len(self.data.label_names))
+
+        def loss(student: nn.Module, images: Tensor, labels: Tensor, progress: float) -> Tensor:
+            if mixup is not None:
+                images, _ = mixup(images, labels)
+            with torch.no_grad():
+                target = logits_of(teacher(images))
+            total = distillation(logits_of(student(images)), target)
+            if options.ebr_weight > 0:
+                total = total + options.ebr_weight * ramp(progress) * total_bin_regularization(model)
+            return total
+
+        average = strategy.average_bits()
+        checkpoint_dir = record.parent / name
+        state = fit(
+            model,
+            loss,
+            loaders,
+            options,
+            self.accelerator,
+            checkpoint_dir,
+            name=name,
+            resume=self.arguments.run.resume,
+            model_ema=options.model_ema,
+            model_ema_decay=options.model_ema_decay,
+            interrupt=self.interrupt,
+            note=lambda: {"bits": average},
+        )
+        recalibrate(model, loaders, self.accelerator, options.bn_batches)
+        metrics = evaluate(model, loaders["validation"], self.accelerator, reference=self.network)
+        if self.accelerator.is_main_process:
+            folder = self.folder / "models" / name
+            beside = folder.with_name(f".{name}.new")
+            _remove(beside)
+            model.eval().save_pretrained(beside)
+            _check_reloaded(model, beside, next(iter(loaders["validation"]))["pixel_values"])
+            _remove(folder)
+            os.replace(beside, folder)
+            write_json(
+                record,
+                {"seconds": state.seconds, "best_epoch": state.best_epoch, "validation": metrics, "history": state.history},
+            )
+            _remove(checkpoint_dir)
+        self.accelerator.wait_for_everyone()
+
+    def _kd_teacher(self) -> nn.Module:
+        options = self.arguments.finetune
+        if options.kd_teacher is None:
+            return self.network
+        teacher = create_backbone(
+            options.kd_teacher,
+            pretrained=options.kd_teacher_checkpoint is None,
+            checkpoint_path=options.kd_teacher_checkpoint or "",
+            num_classes=len(self.data.label_names),
+            **self.model_args,
+        )
+        return teacher.to(self.accelerator.device, memory_format=torch.channels_last).eval().requires_grad_(False)
+
+    def _wants(self, stage: str) -> bool:
+        return self.arguments.run.stage in ("all", stage)
+
+
+def _accelerator(arguments: Arguments) -> Accelerator:
+    run = arguments.run
+    for tracker in run.report_to:
+        known = ["tensorboard", "trackio", "wandb"]
+        if tracker not in known:
+            near = get_close_matches(tracker, known, n=1) or known
+            raise ArgumentError(f"--report_to {tracker!r} is no tracker; did you mean {near[0]!r}?")
+    try:
+        accelerator = Accelerator(
+            mixed_precision=run.mixed_precision,
+            gradient_accumulation_steps=run.gradient_accumulation_steps,
+            cpu=run.cpu,
+            log_with=run.report_to or None,
+            project_dir=run.output_dir,
+            step_scheduler_with_optimizer=False,
+        )
+    except ValueError as error:
+        raise ArgumentError(str(error)) from None
+    if run.report_to:
+        accelerator.init_trackers("sdq", config={k: str(v) for k, v in arguments.to_dict().items()})
+    return accelerator
+
+
+def _load_data(arguments: Arguments) -> ImageData:
+    data = arguments.data
+    return load_image_data(
+        data.dataset,
+        data_dir=data.data_dir,
+        config_name=data.dataset_config,
+        image_column=data.image_column,
+        label_column=data.label_column,
+        train_split=data.train_split,
+        validation_split=data.validation_split,
+        test_split=data.test_split,
+        validation_fraction=data.validation_fraction,
+        seed=arguments.run.seed,
+        max_train_samples=data.max_train_samples,
+        max_eval_samples=data.max_eval_samples,
+    )
+
+
+def _bitops_of_uniform(strategy: Strategy, bits: float) -> float:
+    """BitOPs of the network with `bits` in every searched layer; fractions lie between the whole numbers."""
+    low, high = (float(strategy.with_bits(b).bitops()) for b in (1, 2))
+    return low + (bits - 1) * (high - low)
+
+
+def _check_same(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    for name, value in now.items():
+        if name not in _FREE and before.get(name, value) != value:
+            raise ArgumentError(
+                f"--{name} was {before[name]!r} when the run started and is {value!r} now: resume with the same options, "
+                "or start anew without --resume"
+            )
+
+
+def _check_reloaded(model: SDQForImageClassification, folder: Path, images: Tensor) -> None:
+    """The packed file gives the very logits that the trained network gives, or `RuntimeError`."""
+    loaded = SDQForImageClassification.from_pretrained(folder).to(images.device, memory_format=torch.channels_last)
+    with torch.no_grad():
+        same = torch.equal(loaded(images).logits, model(images).logits)
+    if not same:
+        raise RuntimeError(f"{folder}: the loaded model's logits differ from those of the model that was saved.")
+    print("Loaded back: logits are bit-identical.", flush=True)
+
+
+def write_json(path: Path, data: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _beside(path, lambda beside: beside.write_text(json.dumps(data, indent=1) + "\n"))
+
+
+def save_tensors(state: dict[str, Tensor], path: Path) -> None:
+    _beside(path, lambda beside: save_file(state, beside))
+
+
+def _beside(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write beside, then rename: `path` is whole or not there."""
+    beside = path.with_name(path.name + ".new")
+    write(beside)
+    os.replace(beside, path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+__all__ = ["STAGES", "Interrupted", "Run", "write_json"]
