@@ -1,0 +1,43 @@
+# Each target makes .venv when it is missing or out of date.
+PYTHON ?= python3
+BIN = .venv/bin
+CORES = $(shell getconf _NPROCESSORS_ONLN)
+# All of these are given because accelerate prints a note about each one that it has to choose itself.
+LAUNCH = $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+	--num_cpu_threads_per_process $(CORES)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check style test-lowest
+
+help:  ## List the targets.
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev,trackers]'
+	touch $@
+
+demo: .venv/installed  ## Run SDQ's whole job on the bundled sample, about 5 minutes on 2 CPU cores.
+	$(LAUNCH) --cpu scripts/run_sdq.py scripts/demo.yaml
+
+test: .venv/installed  ## Run the tests.
+	$(BIN)/python -m pytest
+
+check: .venv/installed  ## Lint, check the format, check the types.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+style: .venv/installed  ## Fix lint and format.
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+.venv-lowest/installed: pyproject.toml constraints-lowest.txt
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check uv
+	.venv-lowest/bin/uv pip install --quiet --python .venv-lowest/bin/python --constraint constraints-lowest.txt --editable '.[dev,trackers]'
+	touch $@
+
+test-lowest: .venv-lowest/installed  ## Run the tests with the oldest supported versions.
+	.venv-lowest/bin/python -m pytest
