@@ -58,7 +58,8 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     for split, prefix, count in (("train", "train", args.train), ("test", "t10k", args.test)):
         images, labels = (
-            read_idx_file(next(iter(sorted(args.source.glob(f"{prefix}-{kind}-idx*"))))) for kind in ("images", "labels")
+            read_idx_file(next(iter(sorted(args.source.glob(f"{prefix}-{kind}-idx*")))))
+            for kind in ("images", "labels")
         )
         rows = stratified(labels, count, args.seed)
         table = {"image": [{"bytes": png(images[i])} for i in rows], "label": labels[rows].tolist()}

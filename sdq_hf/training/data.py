@@ -53,12 +53,13 @@ def load_image_data(
     seed: int = 0,
     max_train_samples: int | None = None,
     max_eval_samples: int | None = None,
+    cache_dir: str | None = None,
 ) -> ImageData:
     """Load images with labels.
 
     Args:
-        dataset: a Hub id; a local folder of parquet files, arrow files (`save_to_disk`), class folders or MNIST-like idx
-            files; or a builder ("imagefolder", "parquet", "arrow") with `data_dir`. None: the bundled sample.
+        dataset: a Hub id; a local folder of parquet files, arrow files (`save_to_disk`), class folders or MNIST-like
+            idx files; or a builder ("imagefolder", "parquet", "arrow") with `data_dir`. None: the bundled sample.
         data_dir, config_name: as in `datasets.load_dataset`.
         image_column, label_column: found by themselves from the features when not given.
         train_split, validation_split, test_split: found by their usual names when not given. Where there is no
@@ -66,16 +67,27 @@ def load_image_data(
             with labels), the validation split is the test split, or another part of train is held out.
         validation_fraction: the part held out. seed: of what is held out, and of the samples taken.
         max_train_samples, max_eval_samples: take so many only, at random.
+        cache_dir: where `datasets` keeps what it downloads and converts; its own default when not given.
 
     Raises `DataError`.
     """
-    source = _open(dataset, data_dir, config_name)
+    for option, limit in (("max_train_samples", max_train_samples), ("max_eval_samples", max_eval_samples)):
+        if limit is not None and limit < 1:
+            raise DataError(f"{option} must be at least 1, got {limit}.")
+    source = _open(dataset, data_dir, config_name, cache_dir)
     names = {
         role: _find_split(source, role, given)
         for role, given in (("train", train_split), ("validation", validation_split), ("test", test_split))
     }
     if names["train"] is None:
         raise DataError(f"The data has no training split, only {', '.join(source)}: name it with train_split.")
+    taken = [name for name in names.values() if name is not None]
+    twice = next((name for name in taken if taken.count(name) > 1), None)
+    if twice is not None:
+        roles = " and ".join(role for role, name in names.items() if name == twice)
+        raise DataError(
+            f"The split {twice!r} cannot be {roles} at once: leave one out, and a part of train is held out."
+        )
     splits = {role: source[name] for role, name in names.items() if name is not None}
     for role, split in splits.items():
         if len(split) == 0:
@@ -83,6 +95,15 @@ def load_image_data(
     train = splits["train"]
     images = _image_column(train, image_column)
     labels = _label_column(train, label_column)
+    for role, split in splits.items():
+        missing = [column for column in (images, labels) if column not in split.column_names]
+        if missing:
+            columns = ", ".join(split.column_names)
+            raise DataError(
+                f"The {role} split ({names[role]!r}) has no column {missing[0]!r} as train has, only {columns}."
+            )
+    if images == labels or isinstance(train.features[labels], Image):
+        raise DataError(f"Column {labels!r} holds images, not labels: name another with label_column.")
     splits = {role: _with_image_feature(split, images) for role, split in splits.items()}
     splits, label_names = _with_class_labels(splits, labels)
     splits = _hold_out(splits, labels, validation_fraction, seed)
@@ -98,30 +119,34 @@ def load_image_data(
     return ImageData(splits, images, labels, label_names, channels, (first.height, first.width))
 
 
-def _open(dataset: str | None, data_dir: str | None, config_name: str | None) -> DatasetDict:
+def _open(dataset: str | None, data_dir: str | None, config_name: str | None, cache_dir: str | None) -> DatasetDict:
     if dataset is None:
         if not BUNDLED.exists():
-            raise DataError("The bundled sample is part of a checkout of the repository, not of the package: name a dataset.")
+            raise DataError(
+                "The bundled sample is part of a checkout of the repository, not of the package: name a dataset."
+            )
         dataset = str(BUNDLED)
     path = Path(dataset) / data_dir if data_dir and Path(dataset).is_dir() else Path(dataset)
     try:
         if dataset in BUILDERS:
             if not data_dir or not Path(data_dir).is_dir():
                 raise DataError(f"The data set {dataset!r} needs data_dir, a folder that exists; got {data_dir!r}.")
-            loaded = datasets.load_dataset(dataset, data_dir=data_dir)
+            loaded = datasets.load_dataset(dataset, data_dir=data_dir, cache_dir=cache_dir)
         elif path.is_dir() and (idx := _read_idx(path)) is not None:
             loaded = idx
         elif path.is_dir() and any((path / f).exists() for f in ("dataset_dict.json", "state.json")):
             loaded = datasets.load_from_disk(str(path))
         elif path.is_dir():
-            loaded = datasets.load_dataset(str(path))
+            loaded = datasets.load_dataset(str(path), cache_dir=cache_dir)
         else:
-            loaded = datasets.load_dataset(dataset, config_name, data_dir=data_dir)
+            loaded = datasets.load_dataset(dataset, config_name, data_dir=data_dir, cache_dir=cache_dir)
     except DataError:
         raise
     except Exception as error:  # `datasets` raises a dozen kinds of errors, many of several lines
         kind = "folder" if path.is_dir() else "Hub id (and there is no local folder of that name)"
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if isinstance(error, IndexError):  # what `load_from_disk` says about a split without rows
+            reason = "a split is empty, or a file is missing."
         raise DataError(f"Cannot read the data set {dataset!r} as a {kind}: {reason}") from error
     if isinstance(loaded, Dataset):
         loaded = DatasetDict({"train": loaded})
@@ -132,7 +157,7 @@ def _open(dataset: str | None, data_dir: str | None, config_name: str | None) ->
 
 
 def _read_idx(folder: Path) -> DatasetDict | None:
-    """The splits of a folder of MNIST-like files (`train-images-idx3-ubyte`, with .gz or without), None without such."""
+    """The splits of a folder of MNIST-like files (`train-images-idx3-ubyte`, .gz or not), None without such."""
     result = {}
     for split, prefixes in (("train", ("train",)), ("test", ("t10k", "test"))):
         for prefix in prefixes:
@@ -143,7 +168,9 @@ def _read_idx(folder: Path) -> DatasetDict | None:
                 if len(x) != len(y):
                     raise DataError(f"{images[0].name} holds {len(x)} images, {labels[0].name} {len(y)} labels.")
                 features = datasets.Features({"image": Image(), "label": datasets.Value("int64")})
-                result[split] = Dataset.from_dict({"image": list(x), "label": y.astype(int).tolist()}, features=features)
+                result[split] = Dataset.from_dict(
+                    {"image": list(x), "label": y.astype(int).tolist()}, features=features
+                )
     return DatasetDict(result) if result else None
 
 
@@ -151,11 +178,15 @@ def read_idx_file(path: Path) -> np.ndarray:
     """The uint8 array of an idx file (LeCun's format): images [N, H, W] or [N, H, W, 3], labels [N]."""
     data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     if len(data) < 4 or data[:3] != b"\0\0\x08":
-        raise DataError(f"{path.name} is not an idx file of bytes: it must begin with 00 00 08, got {data[:3].hex(' ')}.")
+        raise DataError(
+            f"{path.name} is not an idx file of bytes: it must begin with 00 00 08, got {data[:3].hex(' ')}."
+        )
     shape = np.frombuffer(data, ">i4", count=data[3], offset=4)
     values = np.frombuffer(data, np.uint8, offset=4 + 4 * data[3])
     if values.size != shape.prod():
-        raise DataError(f"{path.name} announces {shape.prod()} values in shape {shape.tolist()} and holds {values.size}.")
+        raise DataError(
+            f"{path.name} announces {shape.prod()} values in shape {shape.tolist()} and holds {values.size}."
+        )
     return values.reshape(shape)
 
 
@@ -165,16 +196,19 @@ def read_idx_file(path: Path) -> np.ndarray:
 def _find_split(source: DatasetDict, role: str, given: str | None) -> str | None:
     if given is not None:
         if given not in source:
-            raise DataError(f"The data has no split {given!r} for {role}_split; it has {', '.join(source)}.")
+            raise DataError(f"{role}_split: the data has no split {given!r}; {_near(given, list(source))}.")
         return given
     return next((name for name in _SPLITS[role] if name in source), None)
 
 
+def _near(given: str, names: list[str]) -> str:
+    close = get_close_matches(given, names, n=1)
+    return (f"did you mean {close[0]!r}? It has " if close else "it has ") + ", ".join(names)
+
+
 def _known(split: Dataset, column: str, option: str) -> str:
     if column not in split.column_names:
-        near = get_close_matches(column, split.column_names, n=1)
-        hint = f"did you mean {near[0]!r}? It" if near else "it"
-        raise DataError(f"{option}: the data has no column {column!r}; {hint} has {', '.join(split.column_names)}.")
+        raise DataError(f"{option}: the data has no column {column!r}; {_near(column, split.column_names)}.")
     return column
 
 
@@ -214,7 +248,7 @@ def _with_image_feature(split: Dataset, column: str) -> Dataset:
 def _with_class_labels(splits: dict[str, Dataset], column: str) -> tuple[dict[str, Dataset], list[str]]:
     """The splits with a ClassLabel column, and its names. A test split whose labels are all -1 (hidden) is left out."""
     feature = splits["train"].features[column]
-    values = {role: split.unique(column) for role, split in splits.items()}
+    values = {role: _labels(split, column, feature) for role, split in splits.items()}
     if set(values.get("test", [])) == {-1}:
         splits = {role: split for role, split in splits.items() if role != "test"}
         values.pop("test")
@@ -225,22 +259,35 @@ def _with_class_labels(splits: dict[str, Dataset], column: str) -> tuple[dict[st
     elif all(isinstance(v, int) for v in values["train"]):
         names = [str(i) for i in range(max(values["train"], default=0) + 1)]
     else:
-        raise DataError(f"Column {column!r} must hold class numbers or names, got {values['train'][0]!r}.")
+        odd = next(v for v in values["train"] if not isinstance(v, str | int))
+        raise DataError(f"Column {column!r} of the train split must hold class numbers or names, got {odd!r}.")
     position = {name: i for i, name in enumerate(names)}
     result = {}
     for role, split in splits.items():
         wrong = [v for v in values[role] if (v not in position if isinstance(v, str) else not _in_range(v, len(names)))]
         if wrong:
+            near = get_close_matches(wrong[0], names, n=1) if isinstance(wrong[0], str) else []
             raise DataError(
                 f"Column {column!r} of the {role} split has the label {wrong[0]!r}; expected one of the {len(names)} "
-                f"classes of train (0 to {len(names) - 1})."
+                f"classes of train (0 to {len(names) - 1}, {names[0]!r} to {names[-1]!r})."
+                + (f" Did you mean {near[0]!r}?" if near else "")
             )
         if not isinstance(feature, ClassLabel) or split.features[column] != feature:
-            new = [position[v] if isinstance(v, str) else v for v in split[column]]
+            new = [position[v] if isinstance(v, str) else v for v in _labels(split, column, feature, unique=False)]
             split = split.remove_columns(column).add_column(column, new)  # type: ignore[call-arg]
             split = split.cast_column(column, ClassLabel(names=names))
         result[role] = split
     return result, names
+
+
+def _labels(split: Dataset, column: str, train: Any, *, unique: bool = True) -> list[Any]:
+    """The labels of a split, as names where the split numbers its classes in another way than `train` (its feature)."""
+    values = list(split.unique(column) if unique else split[column])
+    feature = split.features[column]
+    named = isinstance(train, ClassLabel) or getattr(train, "dtype", None) in ("string", "large_string")
+    if not isinstance(feature, ClassLabel) or feature == train or not named:
+        return values
+    return [feature.names[v] if _in_range(v, len(feature.names)) else v for v in values]
 
 
 def _in_range(value: Any, count: int) -> bool:
