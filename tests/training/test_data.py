@@ -12,6 +12,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from accelerate import Accelerator
@@ -244,13 +245,20 @@ def test_unusable_data_is_named_in_one_line(case: str, tmp_path: Path) -> None:
 def test_an_empty_split_is_an_error(tmp_path: Path) -> None:
     folder = tmp_path / "parquet"
     write_parquet(folder)
-    make(8).select([]).to_parquet(folder / "test.parquet")
-    with pytest.raises(DataError, match='"test" corresponds to no data'):
+    pq.write_table(make(8).features.arrow_schema.empty_table(), folder / "test.parquet")
+    with pytest.raises(DataError, match="Cannot read the data set"):  # in words of each version's own
         load_image_data(str(folder), cache_dir=str(tmp_path / "cache"))
-    with pytest.raises(DataError, match="a split is empty"):
-        load_image_data(save(tmp_path / "arrow", train=make(), test=make(8).select([])))
     with pytest.raises(DataError, match=r"The test split \('test'\) is empty"):
         load_image_data(write_idx_folder(tmp_path / "idx", test=0))
+
+
+def test_an_empty_split_saved_to_disk_is_an_error(tmp_path: Path) -> None:
+    try:
+        folder = save(tmp_path, train=make(), test=make(8).select([]))
+    except ZeroDivisionError:
+        pytest.skip("this version of datasets cannot save an empty split")
+    with pytest.raises(DataError, match="a split is empty"):
+        load_image_data(folder)
 
 
 def test_data_that_is_not_there_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -463,6 +471,21 @@ def test_order_and_augmentation_depend_on_seed_and_epoch_alone(data: Any, crop_p
     assert torch.equal(epoch(other, 0)[0], zero[0])
     assert not torch.equal(zero[1], one[1])
     assert not torch.equal(epoch(build_loaders(data, cfg, batch_size=16, seed=1)["train"], 0)[0], zero[0])
+
+
+@pytest.mark.parametrize("crop_pct", [1.0, 0.8], ids=["fast", "plain"])
+def test_an_image_is_augmented_anew_in_each_epoch(data: Any, crop_pct: float) -> None:
+    images = build_loaders(data, {**GREY, "crop_pct": crop_pct}, batch_size=16)["train"].dataset
+
+    def augmented(number: int) -> torch.Tensor:
+        keys = [(number, row) for row in range(64)]
+        if isinstance(images, CachedImages):
+            return images.__getitems__(keys)["pixel_values"]
+        return torch.stack([images[key]["pixel_values"] for key in keys])
+
+    same = (augmented(0) == augmented(1)).flatten(1).all(1).sum()
+    assert same < 16
+    assert torch.equal(augmented(1), augmented(1))
 
 
 def test_workers_change_nothing(data: Any) -> None:
