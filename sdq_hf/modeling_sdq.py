@@ -213,7 +213,9 @@ class SDQForImageClassification(PreTrainedModel):
         missing = own.keys() - extra - state.keys()
         unexpected = state.keys() - own.keys()
         if missing or unexpected:
-            raise KeyError(f"Float weights do not fit: missing {sorted(missing)[:3]}, unexpected {sorted(unexpected)[:3]}.")
+            raise KeyError(
+                f"Float weights do not fit: missing {sorted(missing)[:3]}, unexpected {sorted(unexpected)[:3]}."
+            )
         self.timm_model.load_state_dict({**own, **state})
         for layer in self.quantized_layers().values():
             layer.weight_quantizer.set_bits(layer.weight_quantizer.bits, layer.weight)
@@ -223,7 +225,9 @@ class SDQForImageClassification(PreTrainedModel):
     def float_twin(self) -> nn.Module:
         """The float timm model with this model's real weights: an independent copy, in eval mode."""
         config = self.config
-        twin = create_backbone(config.architecture, pretrained=False, num_classes=config.num_labels, **config.model_args)
+        twin = create_backbone(
+            config.architecture, pretrained=False, num_classes=config.num_labels, **config.model_args
+        )
         own, wanted = self.timm_model.state_dict(), twin.state_dict()
         twin.load_state_dict({key: own[key] for key in wanted})
         return twin.to(self.device).eval()

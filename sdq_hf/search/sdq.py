@@ -249,7 +249,9 @@ def _distillation_loss(
             else:
                 target = _logits(teacher(images))
         logits = _logits(model(pixel_values=images))
-    return F.kl_div(F.log_softmax(logits.float(), -1), F.log_softmax(target.float(), -1), reduction="batchmean", log_target=True)
+    return F.kl_div(
+        F.log_softmax(logits.float(), -1), F.log_softmax(target.float(), -1), reduction="batchmean", log_target=True
+    )
 
 
 def _eval_logits(backbone: nn.Module, images: Tensor) -> Tensor:

@@ -129,7 +129,9 @@ class TwoSided:
         return {name: [vars(sides.upper), vars(sides.lower)] for name, sides in self.sides.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.sides = {name: _Sides(RunningMean(**upper), RunningMean(**lower)) for name, (upper, lower) in state.items()}
+        self.sides = {
+            name: _Sides(RunningMean(**upper), RunningMean(**lower)) for name, (upper, lower) in state.items()
+        }
 
 
 class Paper:

@@ -91,7 +91,9 @@ class FinetuneArguments(OptimizerArguments):
 
     kd_teacher: str | None = _option(None, "timm model that teaches; default: the full-precision network itself.")
     kd_teacher_checkpoint: str | None = _option(None, "Its weights; default: timm's pretrained ones.")
-    ebr_weight: float = _option(0.0, "Weight of entropy-aware bin regularization; the paper's is 0.1, meant for dorefa.")
+    ebr_weight: float = _option(
+        0.0, "Weight of entropy-aware bin regularization; the paper's is 0.1, meant for dorefa."
+    )
     model_ema: bool = _option(False, "Keep the exponential moving average of the weights (timm's ModelEmaV3).")
     model_ema_decay: float = _option(0.998, "Its decay.")
     bn_batches: int = _option(50, "Batches from which batch norm is calibrated anew at the end; 0: none.")

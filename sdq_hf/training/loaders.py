@@ -28,7 +28,9 @@ def _sizes(pretrained_cfg: dict[str, Any], img_size: int | None) -> tuple[int, i
     return (channels, img_size, img_size) if img_size else (channels, height, width)
 
 
-def build_transforms(pretrained_cfg: dict[str, Any], *, img_size: int | None = None, aug: str = "light") -> tuple[Any, Any]:
+def build_transforms(
+    pretrained_cfg: dict[str, Any], *, img_size: int | None = None, aug: str = "light"
+) -> tuple[Any, Any]:
     """Training and evaluation transforms, PIL image -> float tensor [C, H, W], with the model's own mean, std and size.
 
     aug "none": as in evaluation. "light": random crop and horizontal flip; below 96 pixels the crop is padded by an

@@ -59,7 +59,9 @@ def create_optimizer(model: nn.Module, options: OptimizerArguments) -> torch.opt
     )
 
 
-def create_scheduler(optimizer: torch.optim.Optimizer, options: OptimizerArguments, updates_per_epoch: int) -> Scheduler:
+def create_scheduler(
+    optimizer: torch.optim.Optimizer, options: OptimizerArguments, updates_per_epoch: int
+) -> Scheduler:
     """timm's scheduler; `step_update(n)` before optimizer update n. The warm-up takes at most a fifth of the training."""
     scheduler, _ = create_scheduler_v2(
         optimizer,

@@ -1,10 +1,10 @@
 """The stages of a run: teacher, search, finetune, evaluate. Each leaves its result in the run's folder.
 
-    teacher/model.safetensors        float weights
-    search/strategies.json           one entry per strategy; search/<name>.json: the log of each search
-    models/<name>/                   packed model, with config.json
-    finetune/<name>.json             validation metrics and time
-    results.json, plots/*.png        the end
+teacher/model.safetensors        float weights
+search/strategies.json           one entry per strategy; search/<name>.json: the log of each search
+models/<name>/                   packed model, with config.json
+finetune/<name>.json             validation metrics and time
+results.json, plots/*.png        the end
 """
 
 import json
@@ -28,10 +28,10 @@ from ..search import SearchLog, SearchState, search
 from ..strategy import Strategy
 from .arguments import ArgumentError, Arguments, bits_by_pattern
 from .data import ImageData, load_image_data
-from .loaders import build_loaders, build_mixup
 from .evaluation import evaluate, logits_of
 from .fit import fit, recalibrate
 from .interrupt import Interrupt, Interrupted
+from .loaders import build_loaders, build_mixup
 from .losses import distillation, ramp, total_bin_regularization
 from .optim import OptimizerArguments
 
@@ -67,11 +67,15 @@ class Run:
         options = self.arguments.to_dict()
         if run.resume or run.stage not in ("all", "teacher"):
             if not path.exists():
-                raise ArgumentError(f"--output_dir {self.folder} holds no run to go on with: start one without --resume")
+                raise ArgumentError(
+                    f"--output_dir {self.folder} holds no run to go on with: start one without --resume"
+                )
             if run.resume:
                 _check_same(json.loads(path.read_text()), options)
         elif self.folder.exists() and not path.exists() and any(self.folder.iterdir()):
-            raise ArgumentError(f"--output_dir {self.folder} is not empty and holds no earlier run: choose another folder")
+            raise ArgumentError(
+                f"--output_dir {self.folder} is not empty and holds no earlier run: choose another folder"
+            )
         if self.accelerator.is_main_process:
             if not run.resume:
                 first = 0 if run.stage == "all" else STAGES.index(run.stage)
@@ -154,7 +158,9 @@ class Run:
 
             def loss(model: nn.Module, images: Tensor, labels: Tensor, progress: float) -> Tensor:
                 if mixup is None:
-                    return F.cross_entropy(logits_of(model(images)).float(), labels, label_smoothing=data.label_smoothing)
+                    return F.cross_entropy(
+                        logits_of(model(images)).float(), labels, label_smoothing=data.label_smoothing
+                    )
                 images, targets = mixup(images, labels)
                 return -(targets * F.log_softmax(logits_of(model(images)).float(), dim=-1)).sum(dim=-1).mean()
 
@@ -353,7 +359,12 @@ class Run:
             os.replace(beside, folder)
             write_json(
                 record,
-                {"seconds": state.seconds, "best_epoch": state.best_epoch, "validation": metrics, "history": state.history},
+                {
+                    "seconds": state.seconds,
+                    "best_epoch": state.best_epoch,
+                    "validation": metrics,
+                    "history": state.history,
+                },
             )
             _remove(checkpoint_dir)
         self.accelerator.wait_for_everyone()

@@ -1,0 +1,57 @@
+"""Learn the bitwidth of each layer, fine-tune at those bits, and write a packed model.
+
+    accelerate launch scripts/run_sdq.py --model resnet20_cifar --dataset FOLDER_OR_HUB_ID --target_bits 2.0
+    accelerate launch scripts/run_sdq.py scripts/demo.yaml --output_dir runs/mine
+
+Stages: teacher (full precision), search (a strategy for each budget), finetune (knowledge distillation at fixed bits),
+evaluate (the test split, read once; table, results.json and plots). `--help` lists the options.
+
+Exit codes: 0 done; 2 wrong options or data, in one line; 130 stopped by Ctrl-C, with a checkpoint.
+"""
+
+import logging
+import sys
+import warnings
+
+import datasets
+import transformers
+
+from sdq_hf.training.arguments import parse_arguments
+from sdq_hf.training.interrupt import Interrupt, Interrupted
+from sdq_hf.training.report import report
+from sdq_hf.training.stages import Run
+
+
+def main(argv: list[str]) -> int:
+    arguments = parse_arguments(argv)
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    stage = arguments.run.stage
+    with Interrupt() as interrupt:
+        try:
+            run = Run(arguments, interrupt)
+            run.teacher()
+            if stage == "teacher":
+                return 0
+            entries = run.search()
+            if stage == "search":
+                return 0
+            run.finetune(entries)
+            if stage == "finetune":
+                return 0
+            report(run, entries)
+        except Interrupted:
+            print(f"Stopped; a checkpoint is in {arguments.run.output_dir}. Add --resume to go on.", file=sys.stderr)
+            return 130
+    return 0
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    warnings.simplefilter("ignore", FutureWarning)  # other packages' notes to their own developers
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except ValueError as error:
+        # Wrong options, data and budgets are ValueErrors of ours, each with a message of one line.
+        print(f"run_sdq.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)

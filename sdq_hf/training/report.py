@@ -1,0 +1,142 @@
+"""The end of a run: test metrics, the table, results.json and the plots."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..modeling_sdq import SDQForImageClassification
+from ..strategy import FLOAT_BITS, Strategy
+from .evaluation import evaluate
+from .stages import Run, write_json
+
+_PACKAGES = ("torch", "torchvision", "timm", "transformers", "accelerate", "datasets")
+
+
+def report(run: Run, entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Evaluate every packed model on the test split, loaded from its file, and write what the run has found.
+
+    Returns the rows of the table, which are also in results.json under `rows`.
+    """
+    loaders, accelerator = run.loaders(), run.accelerator
+    rows = [_float_row(run, loaders["test"])]
+    for entry in entries:
+        folder = run.folder / "models" / entry["name"]
+        model = SDQForImageClassification.from_pretrained(folder)
+        model = model.to(accelerator.device, memory_format=torch.channels_last)
+        metrics = evaluate(model, loaders["test"], accelerator, reference=run.network)
+        tuned = json.loads((run.folder / "finetune" / f"{entry['name']}.json").read_text())
+        strategy = Strategy.from_json(entry["strategy"])
+        rows.append(
+            {
+                "name": entry["name"],
+                "method": entry["method"],
+                "cost": entry["cost"],
+                "budget": entry["budget"],
+                **metrics,
+                "average_bits": strategy.average_bits(),
+                "average_bits_with_pinned": strategy.average_bits(include_pinned=True),
+                "compression": strategy.compression(),
+                "file_bytes": _weights_bytes(folder),
+                "ideal_bytes": model.ideal_bytes(),
+                "bitops": strategy.bitops(),
+                "search_seconds": entry["seconds"],
+                "finetune_seconds": tuned["seconds"],
+                "validation": tuned["validation"],
+            }
+        )
+    if accelerator.is_main_process:
+        arguments = run.arguments.to_dict()
+        write_json(
+            run.folder / "results.json",
+            {
+                "rows": rows,
+                "arguments": arguments,
+                "versions": {name: version(name) for name in _PACKAGES},
+                "device": str(accelerator.device),
+                "processes": accelerator.num_processes,
+            },
+        )
+        print("\n" + table(rows) + "\n")
+        for picture in plot(run, entries, rows):
+            print(f"Picture: {picture}")
+        print(f"Results: {run.folder / 'results.json'}. Packed models: {run.folder / 'models'}")
+    accelerator.wait_for_everyone()
+    return rows
+
+
+def _float_row(run: Run, test: Any) -> dict[str, Any]:
+    path = run.folder / "teacher" / "model.safetensors"
+    strategy = run.base.strategy
+    trained = json.loads(path.with_name("teacher.json").read_text())
+    return {
+        "name": "full precision",
+        "method": "float",
+        "cost": "bits",
+        "budget": FLOAT_BITS,
+        **evaluate(run.network, test, run.accelerator, reference=run.network),
+        "average_bits": float(FLOAT_BITS),
+        "average_bits_with_pinned": float(FLOAT_BITS),
+        "compression": 1.0,
+        "file_bytes": path.stat().st_size,
+        "ideal_bytes": path.stat().st_size,
+        "bitops": sum(layer.macs for layer in strategy.values()) * FLOAT_BITS**2,
+        "search_seconds": 0.0,
+        "finetune_seconds": trained["seconds"],
+        "validation": trained["validation"],
+    }
+
+
+def _weights_bytes(folder: Path) -> int:
+    return sum(os.path.getsize(path) for path in folder.glob("*.safetensors"))
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows as aligned text. Top-1 in percent, KL to the float network in nats per image, file size in kB."""
+    head = ["", "top-1", "KL", "avg bits", "smaller", "file kB", "GBitOPs", "search s", "train s"]
+    lines = [
+        [
+            row["name"],
+            f"{row['top1']:.2f}",
+            f"{row['kl']:.4f}",
+            f"{row['average_bits']:.2f}",
+            f"{row['compression']:.1f}x",
+            f"{row['file_bytes'] / 1e3:,.1f}",
+            f"{row['bitops'] / 1e9:.4f}",
+            f"{row['search_seconds']:.0f}",
+            f"{row['finetune_seconds']:.0f}",
+        ]
+        for row in rows
+    ]
+    widths = [max(len(line[i]) for line in [head, *lines]) for i in range(len(head))]
+    text = [
+        "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in [head, *lines]
+    ]
+    return "\n".join([text[0], "-" * len(text[0]), *text[1:]])
+
+
+def plot(run: Run, entries: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> list[Path]:
+    """Write the run's pictures, and return their paths."""
+    from ..hub import plots
+
+    folder = run.folder / "plots"
+    folder.mkdir(parents=True, exist_ok=True)
+    sdq = [entry for entry in entries if entry["method"] == "sdq"]
+    shown = {entry["name"]: Strategy.from_json(entry["strategy"]) for entry in entries if entry["method"] != "uniform"}
+    paths = [folder / f"{name}.png" for name in ("bits", "descent", "accuracy", "weights")]
+    plots.plot_bits(shown, paths[0])
+    logs = {
+        cost: json.loads((run.folder / "search" / f"sdq-{cost}.json").read_text()) for cost in {e["cost"] for e in sdq}
+    }
+    plots.plot_descent(logs, paths[1])
+    plots.plot_accuracy(rows, paths[2])
+    model = SDQForImageClassification.from_pretrained(run.folder / "models" / sdq[0]["name"])
+    plots.plot_weights(run.base, model.strategy, paths[3])
+    return paths
