@@ -55,12 +55,12 @@ class QuantizedLayer(nn.Module):
         raise NotImplementedError
 
 
-class QuantizedLinear(QuantizedLayer, nn.Linear):
+class QuantizedLinear(QuantizedLayer, nn.Linear):  # type: ignore[misc]
     def compute(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight.to(x.dtype), self.bias)
 
 
-class QuantizedConv2d(QuantizedLayer, nn.Conv2d):
+class QuantizedConv2d(QuantizedLayer, nn.Conv2d):  # type: ignore[misc]
     def compute(self, x: Tensor, weight: Tensor) -> Tensor:
         return self._conv_forward(x, weight.to(x.dtype), self.bias)
 

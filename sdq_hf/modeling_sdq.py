@@ -188,7 +188,7 @@ class SDQForImageClassification(PreTrainedModel):
     @property
     def strategy(self) -> Strategy:
         """Bits of every layer; a value, read from the configuration."""
-        return Strategy.from_json(self.config.strategy)
+        return Strategy.from_json(self.config.strategy or [])
 
     def set_strategy(self, strategy: Strategy | int | Mapping[str, int]) -> None:
         """Change weight bits: a `Strategy`, one number for every searchable layer, or layer name -> bits.
@@ -264,7 +264,7 @@ class SDQForImageClassification(PreTrainedModel):
     # Calibration -------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def calibrate(self, batches: Iterable[Tensor], num_batches: int = 4) -> None:
+    def calibrate(self, batches: Iterable[Tensor | Mapping[str, Tensor]], num_batches: int = 4) -> None:
         """Fit every activation step and sign to images `batches` ([B, C, H, W] each, or dicts with pixel_values).
 
         Layer by layer in the network's order, each seeing the quantized outputs of those before it.
@@ -277,7 +277,7 @@ class SDQForImageClassification(PreTrainedModel):
         self.eval()(images)
         self.train(training)
 
-    def recalibrate_batch_norm(self, batches: Iterable[Tensor], num_batches: int = 50) -> None:
+    def recalibrate_batch_norm(self, batches: Iterable[Tensor | Mapping[str, Tensor]], num_batches: int = 50) -> None:
         """Gather batch-norm statistics anew under the present bits (METHOD 6.3); nothing else changes."""
         update_bn((_pixels(batch) for batch in islice(batches, num_batches)), self, device=self.device)
 

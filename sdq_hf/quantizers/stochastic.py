@@ -33,7 +33,7 @@ def stochastic_choice(choice: Tensor, chosen: Tensor, difference: Tensor) -> Ten
 
 
 def draw(seed: int, step: int, count: int) -> Tensor:
-    """`count` uniform numbers in (0, 1) that depend on `seed` and `step` alone: every rank and every resumed run draws the same."""
+    """`count` uniform numbers in (0, 1) that depend on `seed` and `step` alone: all ranks and resumed runs draw the same."""
     digest = hashlib.blake2b(f"{seed}:{step}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
     return torch.rand(count, generator=generator, dtype=torch.float64).clamp_(1e-12, 1 - 1e-12)

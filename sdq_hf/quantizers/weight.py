@@ -9,7 +9,7 @@ grid, and gives `integer * unit`:
 | `entropy` | w / (gamma_b mean abs w), gamma_b = (2^b - 1) / 2^(b-1) | value of the outermost level | Liu et al., METHOD 4 |
 | `lsq` | w / scale | value of the clip, learned with LSQ's gradient | Esser et al. 2020 |
 
-`scale` is one float per layer: the value that a normalised weight of 1 stands for, so `unit = scale / half_range(grid, bits)`.
+`scale` is one float per layer: the value that a normalised weight of 1 stands for: `unit = scale / half_range(grid, bits)`.
 For the first two forms keeping a scale beside the paper's [-1, 1] is our interpretation: a pretrained network, and a
 classifier with no norm behind it, need it. Rounding is straight-through everywhere.
 """
@@ -162,7 +162,7 @@ class WeightQuantizer(nn.Module):
     def forward(self, w: Tensor) -> Tensor:
         if self.exact:
             return w
-        scale = self.scale
+        scale: Tensor = self.scale
         if torch.is_grad_enabled() and scale.requires_grad:
             scale = scale_gradient(scale, 1 / math.sqrt(w.numel() * half_range(self.grid, self.bits)))
         return fake_quantize(w.float(), self.form, self.grid, self.bits, scale)

@@ -219,5 +219,5 @@ class Descent:
         if list(state["bits"]) != self.names:
             raise ValueError("The saved search belongs to another network or other pins: start it anew.")
         self.bits = dict(state["bits"])
-        self.damage = {name: {rung: value for rung, value in rungs} for name, rungs in state["damage"].items()}
+        self.damage = {name: dict(rungs) for name, rungs in state["damage"].items()}
         self.found = {budget: Strategy.from_json(data) for budget, data in state["found"]}

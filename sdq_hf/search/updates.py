@@ -18,7 +18,7 @@ from .descent import Descent
 
 @dataclass(frozen=True)
 class Move:
-    """A layer to step down: `damage` is the loss that the step is estimated to cost, `error` the estimate's standard error."""
+    """A layer to step down: `damage` is the loss that it is estimated to cost, `error` the estimate's standard error."""
 
     layer: str
     damage: float
@@ -185,7 +185,8 @@ class Paper:
         return dict(zip(self.descent.names, hard.tolist(), strict=True))
 
     def observe(self, gradients: Mapping[str, float], drawn: Mapping[str, bool]) -> None:
-        assert self._soft is not None and self._leaf is not None, "draw comes before observe"
+        assert self._soft is not None, "draw comes before observe"
+        assert self._leaf is not None
         names = self.descent.names
         task = torch.tensor([gradients[name] for name in names], dtype=torch.float64)
         (grad,) = torch.autograd.grad(self._soft, self._leaf, task)

@@ -145,7 +145,14 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
 
     Raises `ArgumentError` with one line for an option that is unknown or wrong. `--help` prints and exits.
     """
-    groups = [ModelArguments, DataArguments, TeacherArguments, SearchArguments, FinetuneArguments, RunArguments]
+    groups: list[Any] = [
+        ModelArguments,
+        DataArguments,
+        TeacherArguments,
+        SearchArguments,
+        FinetuneArguments,
+        RunArguments,
+    ]
     parser = _Parser(
         groups,
         allow_abbrev=False,

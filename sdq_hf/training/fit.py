@@ -166,7 +166,7 @@ class _Checkpoint:
 @torch.no_grad()
 def recalibrate(model: Any, loaders: Mapping[str, Any], accelerator: Accelerator, num_batches: int) -> None:
     """Gather batch-norm statistics anew (METHOD 6.3), averaged over ranks; kept where validation does not get worse."""
-    norms = [
+    norms: list[Any] = [
         m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None
     ]
     if not norms or num_batches < 1:

@@ -42,7 +42,12 @@ def build_transforms(
     common = {"mean": tuple(pretrained_cfg["mean"]), "std": tuple(pretrained_cfg["std"])}
     interpolation = pretrained_cfg.get("interpolation", "bilinear")
     evaluation = create_transform(
-        size, interpolation=interpolation, crop_pct=pretrained_cfg.get("crop_pct"), is_training=False, **common
+        size,
+        interpolation=interpolation,
+        crop_pct=pretrained_cfg.get("crop_pct"),
+        crop_mode=pretrained_cfg.get("crop_mode"),
+        is_training=False,
+        **common,
     )
     if aug == "none":
         return evaluation, evaluation

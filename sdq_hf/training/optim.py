@@ -35,7 +35,8 @@ def parameter_groups(model: nn.Module, lr: float, weight_decay: float, scale_lr:
     The middle group follows timm's rule: every parameter with at most one dimension.
     """
     learned = dict(quantizer_parameters(model))
-    decay, plain = [], []
+    decay: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and name not in learned:
             (plain if parameter.ndim <= 1 else decay).append(parameter)

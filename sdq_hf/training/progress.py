@@ -17,6 +17,7 @@ class Progress:
         self.is_main = accelerator.is_main_process
         self.is_terminal = sys.stderr.isatty()
         self.mean_loss = 0.0
+        self._losses: list[Tensor] = []
         self._bar: tqdm | None = None
 
     def start(self, epoch: int, done: int = 0) -> None:
@@ -32,7 +33,7 @@ class Progress:
         if self._bar is not None:
             self._bar.update(self.batch_size)
             if len(self._losses) % 10 == 1:
-                self._bar.set_postfix(loss=f"{loss.item():.3f}", **{k: f"{v:.2f}" for k, v in numbers.items()})
+                self._bar.set_postfix({"loss": f"{loss.item():.3f}", **{k: f"{v:.2f}" for k, v in numbers.items()}})
 
     def finish(self, metrics: Mapping[str, float]) -> None:
         """End of an epoch: `metrics` on validation."""

@@ -27,7 +27,7 @@ def report(run: Run, entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any
     for entry in entries:
         folder = run.folder / "models" / entry["name"]
         model = SDQForImageClassification.from_pretrained(folder)
-        model = model.to(accelerator.device, memory_format=torch.channels_last)
+        model = model.to(accelerator.device).to(memory_format=torch.channels_last)
         metrics = evaluate(model, loaders["test"], accelerator, reference=run.network)
         tuned = json.loads((run.folder / "finetune" / f"{entry['name']}.json").read_text())
         strategy = Strategy.from_json(entry["strategy"])

@@ -101,7 +101,7 @@ class Run:
             num_classes=len(self.data.label_names),
             **self.model_args,
         )
-        return network.to(self.accelerator.device, memory_format=torch.channels_last)
+        return network.to(self.accelerator.device).to(memory_format=torch.channels_last)
 
     def _quantize(self, network: nn.Module) -> SDQForImageClassification:
         model = self.arguments.model
@@ -118,7 +118,7 @@ class Run:
             weight_quantizer=model.weight_quantizer,
             weight_grid=model.weight_grid,
         )
-        return quantized.to(self.accelerator.device, memory_format=torch.channels_last)
+        return quantized.to(self.accelerator.device).to(memory_format=torch.channels_last)
 
     def loaders(self, batch_size: int | None = None) -> dict[str, Any]:
         """Loaders by split, prepared by Accelerate: train, validation, test, calibration."""
@@ -127,7 +127,7 @@ class Run:
         if size not in self._loaders:
             loaders = build_loaders(
                 self.data,
-                self.base.config.pretrained_cfg,
+                self.base.config.pretrained_cfg or {},
                 batch_size=size,
                 img_size=data.img_size,
                 aug=data.aug,
@@ -380,7 +380,7 @@ class Run:
             num_classes=len(self.data.label_names),
             **self.model_args,
         )
-        return teacher.to(self.accelerator.device, memory_format=torch.channels_last).eval().requires_grad_(False)
+        return teacher.to(self.accelerator.device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
 
     def _wants(self, stage: str) -> bool:
         return self.arguments.run.stage in ("all", stage)
@@ -444,7 +444,7 @@ def _check_same(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
 
 def _check_reloaded(model: SDQForImageClassification, folder: Path, images: Tensor) -> None:
     """The packed file gives the very logits that the trained network gives, or `RuntimeError`."""
-    loaded = SDQForImageClassification.from_pretrained(folder).to(images.device, memory_format=torch.channels_last)
+    loaded = SDQForImageClassification.from_pretrained(folder).to(images.device).to(memory_format=torch.channels_last)
     with torch.no_grad():
         same = torch.equal(loaded(images).logits, model(images).logits)
     if not same:

@@ -355,10 +355,7 @@ def oracle(name: str) -> Any:
         "resnet18.a1_in1k",
         "vit_base_patch16_224.augreg_in1k",
         "mobilenetv3_large_100.ra_in1k",
-        pytest.param(
-            "coat_lite_medium_384.in1k",
-            marks=pytest.mark.xfail(strict=True, reason="build_transforms leaves out the model's crop_mode (squash)"),
-        ),
+        "coat_lite_medium_384.in1k",
     ],
 )
 def test_evaluation_equals_timm(name: str) -> None:

@@ -1,0 +1,80 @@
+import math
+
+import pytest
+import torch
+
+from sdq_hf.quantizers import ActivationQuantizer
+from sdq_hf.quantizers.activation import activation_range, best_step
+
+
+def lsq(x, step, low, high):
+    """Learned step size quantization (Esser et al. 2020) with autograd and detach, as its authors write it."""
+    factor = 1 / math.sqrt(x.numel() * high)
+    step = (step - step * factor).detach() + step * factor
+    scaled = (x / step).clamp(low, high)
+    return ((scaled.round() - scaled).detach() + scaled) * step
+
+
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_forward_and_gradients_are_those_of_lsq(signed, bits, channels_last):
+    if signed and bits == 1:
+        pytest.skip("a signed bit has no positive level for LSQ's gradient scale")
+    generator = torch.Generator().manual_seed(bits)
+    x = torch.randn(4, 3, 5, 5, generator=generator)
+    x = x if signed else x.relu()
+    if channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    g = torch.randn(x.shape, generator=generator)
+    quantizer = ActivationQuantizer(bits)
+    quantizer.fit(x)
+    assert bool(quantizer.signed) == signed
+    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    y = quantizer(ours)
+    (y * g).sum().backward()
+    step = quantizer.step.detach().clone().requires_grad_()
+    z = lsq(theirs, step, *activation_range(bits, signed))
+    (z * g).sum().backward()
+    torch.testing.assert_close(y, z, rtol=1e-5, atol=1e-6)
+    # LSQ passes gradients up to the outermost level, we up to where rounding still reaches it: half a step further, and at the level itself.
+    low, high = activation_range(bits, signed)
+    edge = ((x / step >= high) & (x / step < high + 0.5)) | ((x / step <= low) & (x / step > low - 0.5))
+    torch.testing.assert_close(ours.grad[~edge], theirs.grad[~edge])
+    extra = (g * edge * (-x / step + z / step)).sum() - (g * edge * z / step).sum()
+    expected = step.grad + extra.detach() / math.sqrt(x.numel() * high)
+    torch.testing.assert_close(quantizer.step.grad, expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_fitted_step_is_as_good_as_a_dense_search(bits):
+    x = torch.randn(3000, generator=torch.Generator().manual_seed(0)).relu()
+    high = 2**bits - 1
+
+    def error(step):
+        return sum((min(high, max(0, round(v / step))) * step - v) ** 2 for v in x.tolist())
+
+    best = min(error(s / high) for s in torch.linspace(0.3, 4.0, 60).tolist())
+    assert error(best_step(x, bits, signed=False).item()) <= 1.05 * best
+
+
+def test_first_tensor_fits_and_a_change_of_bits_fits_anew():
+    quantizer = ActivationQuantizer(4)
+    assert quantizer.step.item() == 0
+    quantizer(torch.rand(100))
+    first = quantizer.step.item()
+    assert first > 0
+    quantizer(10 * torch.rand(100))
+    assert quantizer.step.item() == first
+    quantizer.set_bits(2)
+    quantizer(torch.rand(100))
+    assert quantizer.step.item() > first
+
+
+def test_state_survives_saving():
+    quantizer, other = ActivationQuantizer(4), ActivationQuantizer(4)
+    x = torch.randn(50, generator=torch.Generator().manual_seed(2))
+    y = quantizer(x)
+    other.load_state_dict(quantizer.state_dict())
+    assert torch.equal(other(x), y)
+    assert other.range == (-8, 7)

@@ -1,0 +1,149 @@
+import math
+
+import pytest
+import torch
+
+from sdq_hf.quantizers import FORMS, GRIDS, WeightQuantizer, bin_regularization
+from sdq_hf.quantizers.grids import extremes, half_range, spacing
+from sdq_hf.quantizers.weight import best_scale, dequantize, fake_quantize, normalise, quantize_to_integers
+
+BITS = range(1, 9)
+
+
+def weights(seed=0, count=200):
+    return torch.randn(count, generator=torch.Generator().manual_seed(seed)) * 0.3
+
+
+def levels(grid, bits):
+    """The integers of a grid, written out from their definition."""
+    if grid == "midrise" or bits == 1:
+        return [2 * k - (2**bits - 1) for k in range(2**bits)]
+    return list(range(-(2 ** (bits - 1)), 2 ** (bits - 1)))
+
+
+def loop_integers(w, form, grid, bits, scale):
+    """Plain Python: the nearest level to each normalised weight."""
+    values = w.double().tolist()
+    if form == "dorefa":
+        top = max(abs(math.tanh(v)) for v in values)
+        x = [math.tanh(v) / top for v in values]
+    elif form == "entropy":
+        mean = sum(abs(v) for v in values) / len(values)
+        x = [v * 2 ** (bits - 1) / ((2**bits - 1) * mean) for v in values]
+    else:
+        x = [v / scale for v in values]
+    reach = 2**bits - 1 if grid == "midrise" or bits == 1 else 2 ** (bits - 1)
+    return [min(levels(grid, bits), key=lambda n: abs(n - v * reach)) for v in x]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("bits", BITS)
+def test_integers_are_the_nearest_levels(form, grid, bits):
+    w, scale = weights(bits), torch.tensor(0.37)
+    found = quantize_to_integers(w, form, grid, bits, scale).tolist()
+    expected = loop_integers(w, form, grid, bits, 0.37)
+    # float32 may decide otherwise than double precision right at a border, by one level.
+    assert sum(a != b for a, b in zip(found, expected, strict=True)) <= 1
+    assert set(found) <= set(levels(grid, bits))
+    low, high = extremes(grid, bits)
+    assert (low, high) == (min(levels(grid, bits)), max(levels(grid, bits)))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("bits", [1, 2, 3, 8])
+def test_gradient_is_that_of_the_relaxed_function(form, grid, bits):
+    """Straight through: the rounding residual inside the clip is a constant, and so is what the clip cuts off."""
+    w = weights(bits, 24).double().requires_grad_()
+    scale = torch.tensor(0.31, dtype=torch.float64, requires_grad=True)
+    direction = torch.randn(24, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
+    (fake_quantize(w, form, grid, bits, scale) * direction).sum().backward()
+    reach = half_range(grid, bits)
+    low, high = extremes(grid, bits)
+    with torch.no_grad():
+        x = normalise(w, form, bits, scale) * reach
+        inside = (x >= low) & (x <= high)
+        residual = quantize_to_integers(w, form, grid, bits, scale) - x
+
+    def relaxed(w, scale):
+        x = normalise(w, form, bits, scale) * reach
+        clipped = torch.where(inside, x + residual, (residual + x).detach())
+        return (clipped * scale / reach * direction).sum()
+
+    def at(i, step):
+        moved = w.detach().clone()
+        moved[i] += step
+        # Outside of the clip the integers stay what they are, so the constant is taken at the unmoved point.
+        x = normalise(moved, form, bits, scale.detach()) * reach
+        fixed = quantize_to_integers(w.detach(), form, grid, bits, scale.detach())
+        return (torch.where(inside, x + residual, fixed) * scale.detach() / reach * direction).sum().item()
+
+    assert relaxed(w.detach(), scale.detach()).isfinite()
+    for i in range(24):
+        numeric = (at(i, 1e-6) - at(i, -1e-6)) / 2e-6
+        assert w.grad[i].item() == pytest.approx(numeric, rel=1e-4, abs=1e-6)
+
+
+def test_lsq_gradient_to_the_scale():
+    w = weights(3, 50)
+    quantizer = WeightQuantizer("lsq", "twos_complement", 3)
+    quantizer.scale.data.fill_(0.4)
+    g = torch.randn(50, generator=torch.Generator().manual_seed(1))
+    (quantizer(w) * g).sum().backward()
+    # Esser et al. 2020, eq. 3, for the step = scale / 4: -w/s + round(w/s) inside, -Q_N or Q_P outside.
+    step, expected = 0.4 / 4, 0.0
+    for v, gradient in zip(w.tolist(), g.tolist(), strict=True):
+        x = v / step
+        expected += gradient * (-4 if x <= -4 else 3 if x >= 3 else round(x) - x)
+    expected = expected / 4 / math.sqrt(50 * 4)
+    assert quantizer.scale.grad.item() == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("bits", BITS)
+def test_best_scale_is_as_good_as_a_dense_search(form, grid, bits):
+    w = weights(7, 500)
+
+    def error(scale):
+        integers = quantize_to_integers(w, form, grid, bits, scale)
+        return (dequantize(integers, grid, bits, scale) - w).square().sum().item()
+
+    best = min(error(torch.tensor(s)) for s in torch.linspace(0.01, 2.0, 800).tolist())
+    assert error(best_scale(w, form, grid, bits)) <= 1.03 * best + 1e-6
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("bits", BITS)
+def test_latent_weights_are_quantized_to_the_same(form, grid, bits):
+    w = weights(11, 300)
+    quantizer = WeightQuantizer(form, grid, bits)
+    quantizer.fit_scale(w)
+    with torch.no_grad():
+        quantized = quantizer(w)
+        loaded = WeightQuantizer(form, grid, bits)
+        loaded.scale.copy_(quantizer.scale)
+        loaded.exact = True
+        latent = loaded.latent(loaded.from_codes(quantizer.codes(w)))
+        loaded.exact = False
+        assert torch.equal(loaded(latent), quantized)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_bin_regularization_is_the_loop_over_bins(form, grid, bits):
+    w, scale = weights(5, 120), torch.tensor(0.5)
+    x = normalise(w, form, bits, scale)
+    integers = quantize_to_integers(w, form, grid, bits, scale)
+    low, high = extremes(grid, bits)
+    expected = 0.0
+    for level in range(low, high + 1, spacing(grid, bits)):
+        members = x[integers == level].clamp(low / half_range(grid, bits), 1.0)
+        if len(members):
+            expected += (members.mean() - level / half_range(grid, bits)) ** 2
+        if len(members) >= 2:
+            expected += members.var(correction=0)
+    assert bin_regularization(w, form, grid, bits, scale).item() == pytest.approx(float(expected), rel=1e-4, abs=1e-6)

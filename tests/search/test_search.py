@@ -1,0 +1,199 @@
+import copy
+from types import SimpleNamespace
+
+import pytest
+import timm
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from sdq_hf import LayerBits, SDQForImageClassification, Strategy
+from sdq_hf.costs import COSTS
+from sdq_hf.search import BudgetError, SearchLog, search
+from sdq_hf.search.descent import Descent
+from sdq_hf.search.updates import RunningMean, TwoSided
+
+
+def strategy(sizes, macs=None, bits=8):
+    macs = macs or sizes
+    return Strategy.of({f"l{i}": LayerBits(bits, 4, n, m) for i, (n, m) in enumerate(zip(sizes, macs, strict=True))})
+
+
+def descent(budgets, cost="bits", sizes=(1000, 400, 50, 10), candidates=range(1, 9), **kwargs):
+    return Descent(strategy(sizes), COSTS[cost], budgets, list(candidates), **kwargs)
+
+
+def run_down(way):
+    """Step the largest saving down until done, with damages that fall with size."""
+    while not way.done:
+        name = max(way.movable, key=way.saved)
+        way.step_down(name, damage=1 / way.saved(name))
+    return way.strategies()
+
+
+@pytest.mark.parametrize("budget", [1.5, 2.0, 2.7, 3.6])
+def test_lands_just_under_the_budget(budget):
+    sizes = [900, 700, 500, 300, 200, 100, 50, 40, 30, 20, 10, 5, 4, 3]
+    (found,) = run_down(descent([budget], sizes=sizes))
+    assert budget - 0.05 <= found.average_bits() <= budget
+
+
+def test_several_budgets_are_met_on_one_way_down_in_the_order_asked_for():
+    budgets = [2.0, 4.0, 3.0]
+    found = run_down(descent(budgets, sizes=[900, 700, 500, 300, 200, 100, 50, 40, 30, 20, 10]))
+    assert [round(s.average_bits(), 1) for s in found] == budgets
+
+
+def test_candidates_with_gaps_and_floors_are_kept():
+    (found,) = run_down(descent([3.0], sizes=[90, 80, 70, 60, 50], candidates=[2, 4, 8], floors={"l1": 3}))
+    assert set(found.weight_bits.values()) <= {2, 4, 8}
+    assert found["l1"].weight_bits >= 4
+
+
+@pytest.mark.parametrize("budget", [0.9, 8.1])
+def test_a_budget_out_of_reach_is_refused_with_the_range(budget):
+    with pytest.raises(BudgetError, match="between 1 and 8"):
+        descent([budget])
+
+
+def test_starts_at_six_or_above_every_budget():
+    assert set(descent([2.0]).start.values()) == {6}
+    assert set(descent([6.5]).start.values()) == {7}
+    assert set(descent([2.0], candidates=[2, 4, 8]).start.values()) == {8}
+
+
+def test_running_mean_is_the_weighted_mean():
+    values = torch.randn(30, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    mean = RunningMean(keep=0.9)
+    for value in values.tolist():
+        mean.add(value)
+    weights = 0.9 ** torch.arange(29, -1, -1, dtype=torch.float64)
+    expected = (weights * values).sum() / weights.sum()
+    assert mean.mean == pytest.approx(expected.item())
+    share = weights.square().sum() / weights.sum() ** 2
+    variance = (weights * (values - expected) ** 2).sum() / weights.sum() / (1 - share)
+    assert mean.error == pytest.approx((variance * share).sqrt().item())
+
+
+def test_two_sided_estimate_is_exact_for_a_quadratic_loss():
+    """L(low) - L(up) of a quadratic is the mean of the gradients at both ends times the way between them."""
+    way = descent([2.0])
+    update = TwoSided(way, seed=0)
+    curvature, slope = 3.0, -0.4
+
+    def gradient(x):
+        return slope + curvature * x
+
+    for step in range(40):
+        drawn = update.draw(step)
+        update.observe({n: gradient(1.0 if drawn[n] else 0.0) * 1.0 for n in way.names}, drawn)
+    truth = -(slope + curvature / 2)
+    assert all(damage == pytest.approx(truth) for damage, _ in update.estimates().values())
+    assert update.next_move() is not None
+
+
+class Images:
+    """Batches of noise with a channel pattern, the same in each pass."""
+
+    def __init__(self, batches=4, size=32):
+        generator = torch.Generator().manual_seed(3)
+        self.batches = [{"pixel_values": torch.randn(size, 3, 16, 16, generator=generator)} for _ in range(batches)]
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
+@pytest.fixture(scope="module")
+def planted():
+    """A ResNet-8 in which the sizes of sensitivities are known by construction.
+
+    The second and the third stage have layers of the same shape inside a residual branch; `layer2.0`'s branch is
+    multiplied by almost zero, so its layers may lose their bits, while the branch of `layer3.0` is amplified.
+    """
+    torch.manual_seed(0)
+    network = timm.create_model("resnet8_cifar", num_classes=10, zero_init_last=False)
+    with torch.no_grad():
+        for module in network.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.weight.fill_(1.0)
+        network.layer3[0].bn2.weight.fill_(1e-4)
+        network.layer1[0].bn2.weight.fill_(3.0)
+    network.fc.weight.data.mul_(3)
+    return SDQForImageClassification.from_float(network, "resnet8_cifar", img_size=16)
+
+
+DEAD = ("layer3.0.conv1", "layer3.0.conv2")
+ALIVE = ("layer1.0.conv1", "layer1.0.conv2")
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_two_sided_search_finds_planted_sensitivities_and_a_size_rule_does_not(planted, seed):
+    reference = planted.strategy
+    model = copy.deepcopy(planted)
+    # At equal cost in BitOPs the shapes of stage 1 and 3 weigh the same, so size alone cannot tell them apart.
+    budget = float(reference.with_bits(3).bitops())
+    accelerator = Accelerator(cpu=True)
+    (learned,) = search(model, Images(), [budget], "bitops", seed=seed, accelerator=accelerator)
+    bits = learned.weight_bits
+    assert max(bits[name] for name in DEAD) < min(bits[name] for name in ALIVE)
+    assert all(bits[name] == 1 for name in DEAD)
+    (by_size,) = search(model, None, [budget], "bitops", "greedy")
+    dead_by_size = [by_size.weight_bits[name] for name in DEAD]
+    assert max(dead_by_size) > 1
+
+
+def test_search_leaves_the_model_as_it_was_and_is_reproducible(planted):
+    model = copy.deepcopy(planted)
+    model.calibrate(Images())
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    flags = [p.requires_grad for p in model.parameters()]
+    log = SearchLog()
+    first = search(model, Images(), [3.0, 2.0], seed=4, log=log, accelerator=Accelerator(cpu=True))
+    second = search(model, Images(), [3.0, 2.0], seed=4, accelerator=Accelerator(cpu=True))
+    assert first == second
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert [p.requires_grad for p in model.parameters()] == flags
+    # The log tells the way: bits only fall, one layer at a time, and each move continues the one before.
+    bits = dict.fromkeys(model.strategy.searchable, 6)
+    for move in log.moves:
+        assert bits[move["layer"]] == move["from"] > move["to"]
+        bits[move["layer"]] = move["to"]
+    assert all(a["cost"] > b["cost"] for a, b in zip(log.moves, log.moves[1:], strict=False))
+    assert {len(v) for v in log.estimates[-1]["layers"].values()} == {3}
+
+
+@pytest.mark.parametrize("method", ["two_sided", "paper"])
+def test_a_resumed_search_equals_the_uninterrupted_one(planted, method):
+    model = copy.deepcopy(planted)
+    model.calibrate(Images())
+    kwargs = {"method": method, "seed": 1, "accelerator": Accelerator(cpu=True)}
+    kwargs |= {"lr": 30.0} if method == "paper" else {}
+    whole = SearchLog()
+    expected = search(model, Images(), [4.0], log=whole, **kwargs)
+    kept = SimpleNamespace(state=None)
+
+    def stop(step):
+        if step.batch == 12:
+            kept.state = copy.deepcopy(step.state_dict())
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        search(model, Images(), [4.0], on_step=stop, **kwargs)
+    log = SearchLog()
+    assert search(model, Images(), [4.0], log=log, resume_from=kept.state, **kwargs) == expected
+    assert log.moves == whole.moves
+
+
+def test_paper_search_moves_and_meets_its_budget(planted):
+    model = copy.deepcopy(planted)
+    (found,) = search(model, Images(), [3.0], method="paper", lr=30.0, accelerator=Accelerator(cpu=True))
+    assert 2.5 <= found.average_bits() <= 3.0
+
+
+def test_wrong_arguments_are_named(planted):
+    with pytest.raises(ValueError, match="Did you mean 'two_sided'"):
+        search(planted, Images(), [2.0], method="two_side")
+    with pytest.raises(ValueError, match="no searchable layer matches 'stem"):
+        search(planted, Images(), [2.0], floors={"stem*": 3})
+    with pytest.raises(ValueError, match="no batch"):
+        search(copy.deepcopy(planted), [], [2.0], accelerator=Accelerator(cpu=True))

@@ -1,0 +1,24 @@
+import pytest
+import torch
+
+from sdq_hf.packing import pack, packed_size, unpack
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 1001])
+def test_packing_is_the_bit_string(bits, count):
+    codes = torch.randint(2**bits, (count,), generator=torch.Generator().manual_seed(count)).to(torch.uint8)
+    packed = pack(codes, bits)
+    stream = "".join(f"{code:0{bits}b}"[::-1] for code in codes.tolist())
+    stream += "0" * (-len(stream) % 8)
+    expected = [int(stream[i : i + 8][::-1], 2) for i in range(0, len(stream), 8)]
+    assert packed.tolist() == expected
+    assert packed.numel() == packed_size(count, bits)
+    assert torch.equal(unpack(packed, bits, count), codes)
+
+
+def test_codes_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="do not fit in 2 bits"):
+        pack(torch.tensor([4]), 2)
+    with pytest.raises(ValueError, match="take 2 bytes"):
+        unpack(torch.zeros(3, dtype=torch.uint8), 4, 4)
