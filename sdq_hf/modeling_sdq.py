@@ -269,7 +269,10 @@ class SDQForImageClassification(PreTrainedModel):
 
         Layer by layer in the network's order, each seeing the quantized outputs of those before it.
         """
-        images = torch.cat([_pixels(batch) for batch in islice(batches, num_batches)]).to(self.device)
+        first = [_pixels(batch) for batch in islice(batches, num_batches)]
+        if not first:
+            raise ValueError("The data has no batch: is the split empty, or smaller than one batch?")
+        images = torch.cat(first).to(self.device)
         for layer in self.quantized_layers().values():
             if layer.input_quantizer is not None:
                 layer.input_quantizer.set_bits(layer.input_quantizer.bits)

@@ -113,10 +113,12 @@ def best_scale(w: Tensor, form: str, grid: str, bits: int) -> Tensor:
         values = dequantize(quantize_to_integers(w, form, grid, bits, one), grid, bits, one)
         return ((w * values).sum() / values.square().sum().clamp_min(1e-30)).clamp_min(1e-8)
     top = w.abs().max().clamp_min(1e-8)
-    # The best clip falls with the bitwidth; 48 geometric steps from max|w| down to 4 % of it are 7 % apart, and each is
+    # The best clip falls with the bitwidth: geometric steps from max|w| down to 4 % of it, finer near the top, where
+    # those of 7 and 8 bits are, and each is
     # then improved by the closed form for its own integers.
     best, best_error = top, None
-    for factor in torch.logspace(0, math.log10(0.04), 48).tolist():
+    factors = torch.cat([torch.logspace(0, math.log10(0.04), 48), torch.linspace(1.02, 0.7, 33)])
+    for factor in factors.tolist():
         scale = top * factor
         integers = quantize_to_integers(w, form, grid, bits, scale)
         norm = integers.square().sum()

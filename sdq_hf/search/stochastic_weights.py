@@ -83,19 +83,23 @@ def frozen(model: nn.Module) -> Iterator[None]:
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     modes = {module: module.training for module in model.modules()}
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momenta = {norm: norm.momentum for norm in norms}
     statistics = [{key: buffer.clone() for key, buffer in norm.named_buffers(recurse=False)} for norm in norms]
     try:
         for parameter in flags:
             parameter.requires_grad_(False)
         model.eval()
         for norm in norms:
-            norm.training = True
+            # Running statistics stay: the float network, which is the teacher, goes on using them.
+            norm.training, norm.momentum = True, 0.0
         yield
     finally:
         for parameter, flag in flags.items():
             parameter.requires_grad_(flag)
         for module, mode in modes.items():
             module.training = mode
+        for norm, momentum in momenta.items():
+            norm.momentum = momentum
         for norm, buffers in zip(norms, statistics, strict=True):
             for key, buffer in buffers.items():
                 getattr(norm, key).copy_(buffer)

@@ -102,16 +102,24 @@ class TwoSided:
         return min(draws) >= self.min_draws and (sides.error <= sides.damage / 2 or sum(draws) >= self.max_draws)
 
     def next_move(self) -> Move | None:
-        """The ready layer with the least damage per saved cost; among those without damage the one that saves most."""
-        ready = [name for name in self.descent.movable if self._ready(self.sides[name])]
-        if not ready:
-            return None
+        """The layer with the least damage per saved cost, once it is ready; None while it is not.
+
+        Waiting matters: sensitive layers are measured quickly and harmless ones slowly, so taking the best of those
+        that are ready would step down the sensitive ones first. A layer with too few draws counts with the damage of
+        its step before, which is smaller as a rule. Among layers without damage the one that saves most comes first.
+        """
 
         def price(name: str) -> tuple[float, float]:
-            saved = self.descent.saved(name)
-            return max(self.sides[name].damage, 0.0) / saved, -saved
+            saved, sides = self.descent.saved(name), self.sides[name]
+            if min(sides.upper.count, sides.lower.count) >= self.min_draws:
+                damage = sides.damage
+            else:
+                damage = self.descent.damage[name].get(self.descent.bits[name], 0.0)
+            return max(damage, 0.0) / saved, -saved
 
-        best = min(ready, key=price)
+        best = min(self.descent.movable, key=price)
+        if not self._ready(self.sides[best]):
+            return None
         return Move(best, self.sides[best].damage, self.sides[best].error)
 
     def reset(self, name: str) -> None:

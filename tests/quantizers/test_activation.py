@@ -37,7 +37,7 @@ def test_forward_and_gradients_are_those_of_lsq(signed, bits, channels_last):
     z = lsq(theirs, step, *activation_range(bits, signed))
     (z * g).sum().backward()
     torch.testing.assert_close(y, z, rtol=1e-5, atol=1e-6)
-    # LSQ passes gradients up to the outermost level, we up to where rounding still reaches it: half a step further, and at the level itself.
+    # LSQ passes gradients up to the outermost level, we up to where rounding still reaches it, half a step further.
     low, high = activation_range(bits, signed)
     edge = ((x / step >= high) & (x / step < high + 0.5)) | ((x / step <= low) & (x / step > low - 0.5))
     torch.testing.assert_close(ours.grad[~edge], theirs.grad[~edge])

@@ -119,6 +119,7 @@ def planted():
         network.layer3[0].bn2.weight.fill_(1e-4)
         network.layer1[0].bn2.weight.fill_(3.0)
     network.fc.weight.data.mul_(3)
+    torch.optim.swa_utils.update_bn([b["pixel_values"] for b in Images()], network)
     return SDQForImageClassification.from_float(network, "resnet8_cifar", img_size=16)
 
 
