@@ -1,0 +1,148 @@
+import random
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
+
+from sdq_hf import SDQConfig, SDQForImageClassification, Strategy
+from sdq_hf.quantizers import FORMS, GRIDS
+
+
+def images(seed=0, size=32):
+    return torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def create(name="resnet8_cifar", seed=0, size=32, **kwargs):
+    torch.manual_seed(seed)
+    model = SDQForImageClassification.from_timm(name, num_labels=10, img_size=size, **kwargs)
+    model.calibrate([images(size=size)])
+    return model.eval()
+
+
+@torch.no_grad()
+def logits(model, x=None):
+    return model(images() if x is None else x).logits
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_loaded_logits_are_bit_identical_and_the_file_is_small(tmp_path, capsys, form, grid, seed):
+    model = create("resnet20_cifar", seed, weight_quantizer=form, weight_grid=grid)
+    names = list(model.strategy.searchable)
+    bits = [*range(1, 9), *random.Random(seed).choices(range(1, 9), k=len(names) - 8)]
+    random.Random(seed).shuffle(bits)
+    model.set_strategy(dict(zip(names, bits, strict=True)))
+    expected = logits(model)
+    model.save_pretrained(tmp_path)
+    size = (tmp_path / "model.safetensors").stat().st_size
+    assert f"{size / 1e3:,.1f} kB" in capsys.readouterr().out
+    weights = {f"{name}.weight": layer for name, layer in model.strategy.items()}
+    ideal = sum(layer.num_weights * layer.weight_bits / 8 for layer in weights.values())
+    rest = {k: v for k, v in model.timm_model.state_dict().items() if k not in weights}
+    ideal += sum(v.numel() * v.element_size() for v in rest.values())
+    assert size <= 1.05 * ideal + 65536
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path)
+    assert isinstance(loaded, SDQForImageClassification)
+    assert torch.equal(logits(loaded), expected)
+    assert loaded.strategy == model.strategy == Strategy.from_json(AutoConfig.from_pretrained(tmp_path).strategy)
+    # Training goes on from the very same function: real weights stand behind the quantized ones.
+    loaded.train()
+    assert torch.equal(logits(loaded.eval()), expected)
+    loaded.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(SDQForImageClassification.from_pretrained(tmp_path / "again")), expected)
+
+
+def test_image_processor_is_found(tmp_path):
+    create().save_pretrained(tmp_path)
+    processor = AutoImageProcessor.from_pretrained(tmp_path)
+    assert tuple(processor.data_config["mean"]) == timm.get_pretrained_cfg("resnet8_cifar").mean
+
+
+@pytest.mark.parametrize("name", ["resnet8_cifar", "mobilenetv2_050", "tf_efficientnet_lite0"])
+def test_float_mode_is_timm(name):
+    torch.manual_seed(1)
+    float_model = timm.create_model(name, num_classes=10).eval()
+    model = SDQForImageClassification.from_float(float_model, name, img_size=32).eval()
+    with model.float_mode():
+        torch.testing.assert_close(logits(model), float_model(images()), rtol=0, atol=0)
+    torch.testing.assert_close(model.float_twin()(images()), float_model(images()), rtol=0, atol=0)
+
+
+def test_a_layer_multiplies_quantized_input_and_weight():
+    model = create()
+    layer = model.quantized_layers()["layer2.0.conv1"]
+    x = images(3)[:, :1].repeat(1, 16, 1, 1).relu()
+    w = layer.weight_quantizer.from_codes(layer.weight_quantizer.codes(layer.weight))
+    low, high = layer.input_quantizer.range
+    step = layer.input_quantizer.step
+    a = torch.round(x / step).clamp(low, high) * step
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), F.conv2d(a, w, stride=2, padding=1))
+
+
+def test_forward_gives_loss_and_logits():
+    model = create()
+    labels = torch.tensor([0, 3, 9, 1])
+    output = model(images(), labels=labels)
+    torch.testing.assert_close(output.loss, F.cross_entropy(output.logits, labels))
+
+
+def test_strategies_are_set_in_three_ways_and_errors_name_the_layer():
+    model = create()
+    model.set_strategy(3)
+    assert model.strategy.average_bits() == 3
+    model.set_strategy({"layer1.0.conv1": 5})
+    assert model.strategy["layer1.0.conv1"].weight_bits == 5
+    model.set_strategy(model.strategy.with_bits(2))
+    assert {model.strategy[name].weight_bits for name in model.strategy.searchable} == {2}
+    with pytest.raises(KeyError, match=r"layer1\.0\.conv1"):
+        model.set_strategy({"layer1.0.conv": 5})
+    with pytest.raises(ValueError, match="1 to 8"):
+        model.set_strategy(9)
+
+
+def test_costs_are_sums_over_layers():
+    strategy = create().strategy.with_bits({"layer3.0.conv1": 1, "layer1.0.conv2": 5})
+    free = [x for x in strategy.values() if not x.pinned]
+    assert strategy.average_bits() == sum(x.num_weights * x.weight_bits for x in free) / sum(
+        x.num_weights for x in free
+    )
+    assert strategy.bitops() == sum(x.macs * x.weight_bits * x.activation_bits for x in strategy.values())
+    assert strategy["layer1.0.conv1"].macs == 16 * 16 * 9 * 32 * 32
+    assert Strategy.from_json(strategy.to_json()) == strategy
+    assert strategy.diff(strategy.with_bits({"layer3.0.conv1": 4})) == {"layer3.0.conv1": (1, 4)}
+
+
+def test_only_running_statistics_change_when_batch_norm_is_recalibrated():
+    model = create()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    model.recalibrate_batch_norm([images(5), images(6)])
+    changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+    assert changed
+    assert all(k.endswith(("running_mean", "running_var", "num_batches_tracked")) for k in changed)
+
+
+def test_saving_before_calibration_names_the_layer(tmp_path):
+    model = SDQForImageClassification.from_timm("resnet8_cifar")
+    with pytest.raises(ValueError, match=r"conv1.*calibrate"):
+        model.save_pretrained(tmp_path)
+
+
+def test_unknown_models_and_wrong_fields_are_named():
+    with pytest.raises(ValueError, match="resnet20_cifar"):
+        SDQForImageClassification.from_timm("resnet20_cifr")
+    for field, value in (("candidates", [0]), ("activation_bits", 9), ("weight_grid", "mid"), ("granularity", "net")):
+        with pytest.raises(ValueError, match=field):
+            SDQConfig(**{field: value})
+
+
+def test_import_is_light():
+    code = "import sys, sdq_hf; print([m for m in ('matplotlib', 'evaluate', 'tensorboard') if m in sys.modules], "
+    code += "[m for m in sys.modules if m.startswith(('sdq_hf.training', 'sdq_hf.search', 'sdq_hf.hub'))])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "[] []"
