@@ -1,12 +1,22 @@
-"""Networks that the literature reports on and timm lacks: the CIFAR ResNets of He et al. 2016, registered with timm.
+"""Networks for small images that the literature reports on and timm lacks, registered with timm.
 
-`resnet20_cifar` and relatives: a 3x3 stem without pooling and three stages of basic blocks of widths 16, 32, 64. Unlike
-the original's parameter-free shortcut (option A), a stage's first block has timm's 1x1 projection (option B).
+`resnet20_cifar` and relatives, the CIFAR ResNets of He et al. 2016: a 3x3 stem without pooling and three stages of basic
+blocks of widths 16, 32, 64. Unlike the original's parameter-free shortcut (option A), a stage's first block has timm's 1x1
+projection (option B).
+
+`mobilenetv1_025_cifar`, `mobilenetv2_050_cifar` and relatives: timm's MobileNets (Howard et al. 2017, Sandler et al. 2018)
+with a stem of stride 1, and in V2 one more stage at full resolution: the strides of the originals, meant for 224 pixels,
+leave a single pixel of a small image long before the last stage.
 """
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
+from timm.layers import get_act_layer
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models._efficientnet_builder import decode_arch_def, resolve_bn_args, round_channels
+from timm.models.efficientnet import EfficientNet
 from timm.models.resnet import BasicBlock, ResNet, make_blocks
 from torch import nn
 
@@ -35,7 +45,33 @@ class CifarResNet(ResNet):
         self.init_weights()
 
 
-def _cfg() -> dict[str, Any]:
+class CifarMobileNet(EfficientNet):
+    """timm's EfficientNet, which MobileNets are built with, and a stem of stride 1."""
+
+    def __init__(self, blocks: Sequence[str] = (), **kwargs: Any):
+        # Decoded for each network anew: timm's builder empties the decoded list.
+        super().__init__(decode_arch_def([[block] for block in blocks]), **kwargs)
+        self.conv_stem.stride = (1, 1)
+        for info in self.feature_info:
+            info["reduction"] //= 2
+
+
+# timm's block strings: kernel 3, stride, expansion, channels at width 1.
+_MOBILENETS = {
+    "v1": ("dsa_r1_k3_s1_c64", "dsa_r2_k3_s2_c128", "dsa_r2_k3_s2_c256", "dsa_r6_k3_s2_c512", "dsa_r2_k3_s2_c1024"),
+    "v2": (
+        "ds_r1_k3_s1_c16",
+        "ir_r2_k3_s1_e6_c24",
+        "ir_r3_k3_s2_e6_c32",
+        "ir_r4_k3_s2_e6_c64",
+        "ir_r3_k3_s1_e6_c96",
+        "ir_r3_k3_s2_e6_c160",
+        "ir_r1_k3_s1_e6_c320",
+    ),
+}
+
+
+def _cfg(first_conv: str = "conv1", classifier: str = "fc") -> dict[str, Any]:
     return {
         "url": "",
         "num_classes": 10,
@@ -45,26 +81,50 @@ def _cfg() -> dict[str, Any]:
         "interpolation": "bilinear",
         "mean": (0.4914, 0.4822, 0.4465),
         "std": (0.2470, 0.2435, 0.2616),
-        "first_conv": "conv1",
-        "classifier": "fc",
+        "first_conv": first_conv,
+        "classifier": classifier,
         "license": "apache-2.0",
     }
 
 
 _DEPTHS = (8, 14, 20, 32, 44, 56, 110)
-default_cfgs = generate_default_cfgs({f"resnet{depth}_cifar.untrained": _cfg() for depth in _DEPTHS})
+_WIDTHS = (25, 35, 50, 75, 100)
+default_cfgs = generate_default_cfgs(
+    {f"resnet{depth}_cifar.untrained": _cfg() for depth in _DEPTHS}
+    | {
+        f"mobilenet{version}_{width:03}_cifar.untrained": _cfg("conv_stem", "classifier")
+        for version in _MOBILENETS
+        for width in _WIDTHS
+    }
+)
 
 
-def _register(depth: int) -> None:
-    # 6n + 2 layers: two convolutions in each of n blocks of three stages, the stem and the head.
-    def model(pretrained: bool = False, **kwargs: Any) -> ResNet:
-        arguments = {"blocks_per_stage": (depth - 2) // 6, **kwargs}
-        return build_model_with_cfg(CifarResNet, f"resnet{depth}_cifar", pretrained, **arguments)
+def _register(name: str, description: str, network: type[nn.Module], **defaults: Any) -> None:
+    def model(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        return build_model_with_cfg(network, name, pretrained, **{**defaults, **kwargs})
 
-    model.__name__ = model.__qualname__ = f"resnet{depth}_cifar"
-    model.__doc__ = f"ResNet-{depth} for 32x32 images: widths 16, 32, 64."
-    globals()[model.__name__] = register_model(model)
+    model.__name__ = model.__qualname__ = name
+    model.__doc__ = description
+    globals()[name] = register_model(model)
 
 
 for _depth in _DEPTHS:
-    _register(_depth)
+    # 6n + 2 layers: two convolutions in each of n blocks of three stages, the stem and the head.
+    _register(
+        f"resnet{_depth}_cifar",
+        f"ResNet-{_depth} for 32x32 images: widths 16, 32, 64.",
+        CifarResNet,
+        blocks_per_stage=(_depth - 2) // 6,
+    )
+for _version, _blocks in _MOBILENETS.items():
+    for _width in _WIDTHS:
+        _register(
+            f"mobilenet{_version}_{_width:03}_cifar",
+            f"MobileNet{_version.upper()} of width {_width / 100:g} for 32x32 images.",
+            CifarMobileNet,
+            blocks=_blocks,
+            num_features=1280 if _version == "v2" else 0,
+            round_chs_fn=partial(round_channels, multiplier=_width / 100),
+            norm_layer=partial(nn.BatchNorm2d, **resolve_bn_args({})),
+            act_layer=get_act_layer("relu6"),
+        )
