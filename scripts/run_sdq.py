@@ -16,14 +16,23 @@ import warnings
 import datasets
 import transformers
 
-from sdq_hf.training.arguments import parse_arguments
+from sdq_hf.training.arguments import Arguments, parse_arguments
 from sdq_hf.training.interrupt import Interrupt, Interrupted
 from sdq_hf.training.report import report
 from sdq_hf.training.stages import Run
 
 
 def main(argv: list[str]) -> int:
-    arguments = parse_arguments(argv)
+    """Run with the options `argv`; returns the exit code."""
+    try:
+        return run_stages(parse_arguments(argv))
+    except ValueError as error:
+        # Wrong options, data and budgets are ValueErrors of ours, each with a message of one line.
+        print(f"run_sdq.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def run_stages(arguments: Arguments) -> int:
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     stage = arguments.run.stage
@@ -49,9 +58,4 @@ def main(argv: list[str]) -> int:
 if __name__ == "__main__":
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     warnings.simplefilter("ignore", FutureWarning)  # other packages' notes to their own developers
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except ValueError as error:
-        # Wrong options, data and budgets are ValueErrors of ours, each with a message of one line.
-        print(f"run_sdq.py: error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(main(sys.argv[1:]))

@@ -11,7 +11,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from ..strategy import FLOAT_BITS
-from .optim import OptimizerArguments
+from .optim import OptimizerArguments, check_names
 
 
 def _option(default: Any, help: str) -> Any:
@@ -82,6 +82,7 @@ class SearchArguments:
     controls: list[str] = _option(["uniform", "greedy"], "Rows to compare with: uniform, greedy, none.")
     start_bits: int | None = _option(None, "Bits at which all layers start; default 6 or above every budget.")
     floors: list[str] = _option([], "PATTERN=BITS: fewest bits of the layers that match.")
+    search_batch_size: int | None = _option(None, "Images per batch and process of the search; default: --batch_size.")
     max_search_batches: int = _option(20_000, "Give up a search after so many batches.")
 
 
@@ -135,9 +136,11 @@ class ArgumentError(ValueError):
 
 class _Parser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
-        unknown = message.removeprefix("unrecognized arguments: ").split()[0] if "unrecognized" in message else ""
-        near = get_close_matches(unknown, list(self._option_string_actions), n=1) if unknown else []
-        raise ArgumentError(message + (f" (did you mean {near[0]}?)" if near else ""))
+        raise ArgumentError(message)
+
+    def unknown(self, option: str) -> ArgumentError:
+        near = get_close_matches(option, list(self._option_string_actions), n=1)
+        return ArgumentError(f"unknown option {option}" + (f" (did you mean {near[0]}?)" if near else ""))
 
 
 def parse_arguments(argv: Sequence[str]) -> Arguments:
@@ -165,11 +168,13 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     if argv and argv[0].endswith((".yaml", ".yml")):
         argv = _yaml_options(Path(argv[0]), {f.name for group in groups for f in fields(group)}) + argv[1:]
     try:
-        parsed = parser.parse_args_into_dataclasses(argv)
+        *parsed, rest = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     except ArgumentError:
         raise
     except ValueError as error:
         raise ArgumentError(str(error)) from None
+    if rest:
+        raise parser.unknown(rest[0])
     arguments = Arguments(*parsed)
     _check(arguments)
     return arguments
@@ -202,17 +207,46 @@ def _check(arguments: Arguments) -> None:
     for control in search.controls:
         if control not in ("uniform", "greedy", "none"):
             raise ArgumentError(f"--controls takes uniform, greedy and none, got {control!r}")
+    teacher = arguments.teacher
     positive = {
         "epochs": tune.epochs,
         "batch_size": data.batch_size,
+        "teacher_batch_size": teacher.teacher_batch_size,
+        "search_batch_size": search.search_batch_size,
+        "img_size": data.img_size,
         "gradient_accumulation_steps": run.gradient_accumulation_steps,
         "lr": tune.lr,
-        "teacher_lr": arguments.teacher.teacher_lr,
+        "teacher_lr": teacher.teacher_lr,
         "max_search_batches": search.max_search_batches,
+        "max_train_samples": data.max_train_samples,
+        "max_eval_samples": data.max_eval_samples,
     }
     for name, value in positive.items():
-        if value <= 0:
+        if value is not None and value <= 0:
             raise ArgumentError(f"--{name} must be above 0, got {value}")
+    not_negative = {
+        "teacher_epochs": teacher.teacher_epochs,
+        "workers": data.workers,
+        "warmup_epochs": tune.warmup_epochs,
+        "weight_decay": tune.weight_decay,
+        "teacher_weight_decay": teacher.teacher_weight_decay,
+        "ebr_weight": tune.ebr_weight,
+        "clip_grad": tune.clip_grad,
+        "bn_batches": tune.bn_batches,
+        "mixup": data.mixup,
+        "cutmix": data.cutmix,
+    }
+    for name, value in not_negative.items():
+        if value is not None and value < 0:
+            raise ArgumentError(f"--{name} must be 0 or more, got {value}")
+    try:
+        check_names(tune)
+    except ValueError as error:
+        raise ArgumentError(f"--opt or --sched: {error}") from None
+    try:
+        check_names(OptimizerArguments(opt=teacher.teacher_opt))
+    except ValueError as error:
+        raise ArgumentError(f"--teacher_opt: {error}") from None
     if not 0 < data.validation_fraction < 1:
         raise ArgumentError(f"--validation_fraction must be between 0 and 1, got {data.validation_fraction}")
     bits_by_pattern(arguments.model.pins, "pins")

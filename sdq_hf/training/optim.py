@@ -12,6 +12,9 @@ from torch import nn
 
 from ..layers import quantizer_parameters
 
+# Those of timm that need no metric and no further options.
+SCHEDULERS = ("cosine", "tanh", "step", "poly")
+
 
 @dataclass
 class OptimizerArguments:
@@ -22,7 +25,7 @@ class OptimizerArguments:
     lr: float = field(default=1e-3, metadata={"help": "Learning rate at the peak."})
     weight_decay: float = field(default=1e-4, metadata={"help": "Of conv and linear weights only."})
     momentum: float = field(default=0.9, metadata={"help": "Momentum, for optimizers that have it."})
-    sched: str = field(default="cosine", metadata={"help": "timm scheduler: cosine, step, poly, ..."})
+    sched: str = field(default="cosine", metadata={"help": f"timm scheduler: {', '.join(SCHEDULERS)}."})
     warmup_epochs: int = field(default=1, metadata={"help": "Epochs in which the learning rate rises linearly."})
     min_lr: float = field(default=0.0, metadata={"help": "Learning rate at the end."})
     clip_grad: float = field(default=0.0, metadata={"help": "Largest gradient norm; 0: no clipping."})
@@ -48,13 +51,21 @@ def parameter_groups(model: nn.Module, lr: float, weight_decay: float, scale_lr:
     return [group for group in groups if group["params"]]
 
 
+def check_names(options: OptimizerArguments) -> None:
+    """`ValueError` with near names for an optimizer or a scheduler that is unknown."""
+    for kind, name, known in (
+        ("optimizer", options.opt, timm.optim.list_optimizers()),
+        ("scheduler", options.sched, SCHEDULERS),
+    ):
+        if name not in known:
+            near = get_close_matches(name, known, n=3) or list(known)[:3]
+            raise ValueError(f"Unknown {kind} {name!r}; near names: {', '.join(near)}.")
+
+
 def create_optimizer(model: nn.Module, options: OptimizerArguments) -> torch.optim.Optimizer:
     """timm's optimizer `options.opt`; `ValueError` for a name that timm does not know."""
+    check_names(options)
     groups = parameter_groups(model, options.lr, options.weight_decay, options.scale_lr)
-    known = timm.optim.list_optimizers()
-    if options.opt not in known:
-        near = get_close_matches(options.opt, known, n=3) or ["sgd", "adamw"]
-        raise ValueError(f"Unknown optimizer {options.opt!r}; near names: {', '.join(near)}.")
     return timm.optim.create_optimizer_v2(
         groups, opt=options.opt, lr=options.lr, weight_decay=options.weight_decay, momentum=options.momentum
     )

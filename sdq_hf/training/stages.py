@@ -23,8 +23,10 @@ from accelerate.utils import set_seed
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..costs import get_cost
 from ..modeling_sdq import SDQForImageClassification, create_backbone
 from ..search import SearchLog, SearchState, search
+from ..search.descent import Descent
 from ..strategy import Strategy
 from .arguments import ArgumentError, Arguments, bits_by_pattern
 from .data import ImageData, load_image_data
@@ -52,17 +54,38 @@ class Run:
     def __init__(self, arguments: Arguments, interrupt: Interrupt):
         self.arguments, self.interrupt = arguments, interrupt
         self.folder = Path(arguments.run.output_dir)
+        self._check_folder()
         self.accelerator = _accelerator(arguments)
-        self._prepare_folder()
         self.data = _load_data(arguments)
         self.model_args: dict[str, Any] = {"in_chans": self.data.channels}
         self.network = self._create_float_network()
         self.base = self._quantize(self.network)
         self._loaders: dict[int, dict[str, Any]] = {}
+        self._check_plan()
+        # Nothing is written, and nothing of an earlier run removed, before all that can be wrong has been looked at.
+        self._prepare_folder()
+
+    def _check_plan(self) -> None:
+        """Refuse budgets, floors and teachers that later stages would refuse, before any training."""
+        search, teacher = self.arguments.search, self.arguments.finetune.kd_teacher
+        floors = bits_by_pattern(search.floors, "floors")
+        for cost, budgets in self._budgets().items():
+            Descent(self.base.strategy, get_cost(cost), budgets, self.base.config.candidates, search.start_bits, floors)
+        if teacher is not None:
+            create_backbone(teacher, pretrained=False, num_classes=len(self.data.label_names), **self.model_args)
+
+    def _budgets(self) -> dict[str, list[float]]:
+        """Cost -> budgets in its unit, of the costs that the options name budgets in."""
+        options, start = self.arguments.search, self.base.strategy
+        budgets = {
+            "bits": list(options.target_bits),
+            "bitops": [_bitops_of_uniform(start, target) for target in options.target_bitops],
+        }
+        return {cost: found for cost, found in budgets.items() if found}
 
     # Folder ------------------------------------------------------------------------------------------------------
 
-    def _prepare_folder(self) -> None:
+    def _check_folder(self) -> None:
         run, path = self.arguments.run, self.folder / "arguments.json"
         options = self.arguments.to_dict()
         if run.resume or run.stage not in ("all", "teacher"):
@@ -76,14 +99,16 @@ class Run:
             raise ArgumentError(
                 f"--output_dir {self.folder} is not empty and holds no earlier run: choose another folder"
             )
+
+    def _prepare_folder(self) -> None:
+        run = self.arguments.run
         if self.accelerator.is_main_process:
             if not run.resume:
                 first = 0 if run.stage == "all" else STAGES.index(run.stage)
                 for stage in STAGES[first:]:
                     for name in _LEFT_BY[stage]:
                         _remove(self.folder / name)
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(path, options)
+            write_json(self.folder / "arguments.json", self.arguments.to_dict())
         self.accelerator.wait_for_everyone()
 
     def _missing(self, stage: str) -> ArgumentError:
@@ -210,10 +235,8 @@ class Run:
         options = self.arguments.search
         entries: list[dict[str, Any]] = []
         start = self.base.strategy
-        for cost, targets in (("bits", options.target_bits), ("bitops", options.target_bitops)):
-            if not targets:
-                continue
-            budgets = [target if cost == "bits" else _bitops_of_uniform(start, target) for target in targets]
+        for cost, budgets in self._budgets().items():
+            targets = options.target_bits if cost == "bits" else options.target_bitops
             methods = [("sdq", options.search)] + [("greedy", "greedy")] * ("greedy" in options.controls)
             for label, method in methods:
                 found, seconds, log = self._search_one(f"{label}-{cost}", budgets, cost, method)
@@ -277,7 +300,7 @@ class Run:
         set_seed(run.seed)
         strategies = search(
             self.base,
-            self.loaders()["train"],
+            self.loaders(options.search_batch_size)["train"],
             budgets,
             cost,
             method,
