@@ -89,13 +89,14 @@ def _seed_of(*parts: int) -> int:
 
 
 class EpochSampler(Sampler):
-    """Yields (epoch, row) in an order that depends on seed and epoch alone."""
+    """Yields (epoch, row) in an order that depends on seed and epoch alone; `fixed` stays at the first epoch."""
 
-    def __init__(self, count: int, seed: int):
-        self.count, self.seed, self.epoch = count, seed, 0
+    def __init__(self, count: int, seed: int, fixed: bool = False):
+        self.count, self.seed, self.fixed, self.epoch = count, seed, fixed, 0
 
     def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+        # Accelerate counts the passes over a loader and sets the epoch by itself.
+        self.epoch = 0 if self.fixed else epoch
 
     def __len__(self) -> int:
         return self.count
@@ -255,7 +256,8 @@ def build_loaders(
             arguments = {"collate_fn": _identity, "pin_memory": workers["pin_memory"]}
         else:
             dataset = TransformedImages(split, data, size[0], train_transform if augmented else eval_transform, seed)
-        sampler = EpochSampler(len(split), seed) if shuffled else None
+        # Calibration sees the same images whenever it is done, so a resumed run calibrates as the uninterrupted one.
+        sampler = EpochSampler(len(split), seed, fixed=not augmented) if shuffled else None
         drop = shuffled and len(split) >= batch
         return DataLoader(dataset, batch_size=batch, sampler=sampler, drop_last=drop, **arguments)
 

@@ -1,0 +1,248 @@
+"""`run_sdq.py` on a small data set that can be learned: what it leaves, Ctrl-C and resuming, wrong options."""
+
+import importlib.util
+import io
+import json
+import signal
+import subprocess
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from datasets import ClassLabel, Dataset, Features, Image
+from PIL import Image as PILImage
+from safetensors.torch import load_file
+
+from sdq_hf import SDQForImageClassification, Strategy
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "run_sdq.py"
+SIZE, CLASSES = 16, 4
+
+
+def load_script():
+    spec = importlib.util.spec_from_file_location("run_sdq", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+main = load_script().main
+
+
+def pictures(count, seed):
+    """Grey noise with one bright band, which is the class; flips and small shifts leave it."""
+    generator = np.random.default_rng(seed)
+    labels = np.arange(count) % CLASSES
+    images = generator.integers(0, 160, (count, SIZE, SIZE), dtype=np.uint8)
+    for image, label in zip(images, labels, strict=True):
+        image[4 * label : 4 * label + 4] += 90
+    return images, labels
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    for name, count, seed in (("train", 320, 0), ("test", 80, 1)):
+        images, labels = pictures(count, seed)
+        features = Features({"image": Image(), "label": ClassLabel(names=["top", "high", "low", "bottom"])})
+        columns = {"image": list(images), "label": labels.tolist()}
+        Dataset.from_dict(columns, features=features).to_parquet(folder / f"{name}.parquet")
+    return folder
+
+
+def options(data, output_dir, **changes):
+    values = {
+        "dataset": data,
+        "output_dir": output_dir,
+        "model": "resnet8_cifar",
+        "img_size": SIZE,
+        "batch_size": 32,
+        "teacher_epochs": 3,
+        "teacher_opt": "adamw",
+        "teacher_lr": 0.01,
+        "teacher_batch_size": 16,
+        "epochs": 2,
+        "target_bits": 3,
+        "target_bitops": 3,
+        "ebr_weight": 0.01,
+        "cpu": "true",
+        **changes,
+    }
+    return [part for key, value in values.items() if value is not None for part in (f"--{key}", *str(value).split())]
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory):
+    """The folder of a run that was never stopped, and what it printed."""
+    folder, out = tmp_path_factory.mktemp("runs") / "whole", io.StringIO()
+    with redirect_stdout(out):
+        assert main(options(data, folder)) == 0
+    return folder, out.getvalue()
+
+
+def rows_of(folder):
+    """Rows by name, without what depends on the clock."""
+    rows = json.loads((folder / "results.json").read_text())["rows"]
+    return {row["name"]: {k: v for k, v in row.items() if not k.endswith("_seconds")} for row in rows}
+
+
+def test_every_row_is_what_its_file_gives_in_a_plain_loop(data, finished):
+    folder, printed = finished
+    rows = rows_of(folder)
+    names = ["sdq-bits-3", "greedy-bits-3", "sdq-bitops-3", "greedy-bitops-3", "uniform-3"]
+    assert list(rows) == ["full precision", *names]
+    assert all(name in printed for name in names)
+    images, labels = pictures(80, 1)
+    config = timm.get_pretrained_cfg("resnet8_cifar")
+    mean, std = (sum(values) / 3 for values in (config.mean, config.std))
+    pixels = ((torch.tensor(images[:, None]) / 255) - mean) / std
+    pixels = pixels.to(memory_format=torch.channels_last)
+    network = timm.create_model("resnet8_cifar", num_classes=CLASSES, in_chans=1)
+    network.load_state_dict(load_file(folder / "teacher" / "model.safetensors"))
+    with torch.no_grad():
+        reference = network.eval()(pixels).log_softmax(-1)
+        for name in names:
+            model = SDQForImageClassification.from_pretrained(folder / "models" / name)
+            output = model(pixels).logits.log_softmax(-1)
+            top1 = 100 * (output.argmax(-1) == torch.tensor(labels)).double().mean().item()
+            assert rows[name]["top1"] == pytest.approx(top1)
+            kl = F.kl_div(output, reference, reduction="batchmean", log_target=True).item()
+            assert rows[name]["kl"] == pytest.approx(kl, rel=1e-2, abs=1e-5)
+            assert rows[name]["file_bytes"] == (folder / "models" / name / "model.safetensors").stat().st_size
+            assert rows[name]["average_bits"] == model.strategy.average_bits()
+            assert rows[name]["bitops"] == model.strategy.bitops()
+    assert rows["full precision"]["top1"] > 90
+
+
+def test_strategies_are_within_their_budgets(finished):
+    folder, _ = finished
+    rows = rows_of(folder)
+    uniform = rows["uniform-3"]["bitops"]
+    for method in ("sdq", "greedy"):
+        assert 2.95 <= rows[f"{method}-bits-3"]["average_bits"] <= 3
+        assert 0.9 * uniform <= rows[f"{method}-bitops-3"]["bitops"] <= uniform
+    for entry in json.loads((folder / "search" / "strategies.json").read_text()):
+        model = SDQForImageClassification.from_pretrained(folder / "models" / entry["name"])
+        assert model.strategy == Strategy.from_json(entry["strategy"])
+
+
+def test_pictures_and_models_are_left_and_nothing_unfinished(finished):
+    folder, _ = finished
+    for path in (folder / "plots").iterdir():
+        with PILImage.open(path) as picture:
+            assert min(picture.size) > 300
+    assert {path.name for path in (folder / "plots").iterdir()} >= {"bits.png", "descent.png", "accuracy.png"}
+    leftovers = [p.name for p in folder.rglob("*") if p.name.endswith((".new", ".tmp")) or "checkpoint" in p.name]
+    assert leftovers == []
+
+
+class Stopper(io.StringIO):
+    """Standard output that sends this process a Ctrl-C when `text` has been printed."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.text = text
+
+    def write(self, text):
+        if self.text in text:
+            signal.raise_signal(signal.SIGINT)
+        return super().write(text)
+
+
+def test_a_run_stopped_in_each_stage_and_resumed_equals_the_one_that_was_not(data, finished, tmp_path, capsys):
+    folder = tmp_path / "stopped"
+    resume = {}
+    # The first stops inside the teacher's second epoch, the second in the search, the third in a fine-tune's second epoch.
+    for text in ("teacher: epoch 1/3", "teacher: epoch 3/3", "greedy-bits-3: epoch 1/2"):
+        with redirect_stdout(Stopper(text)):
+            assert main(options(data, folder, **resume)) == 130
+        assert "--resume" in capsys.readouterr().err
+        assert not (folder / "results.json").exists()
+        resume = {"resume": "true"}
+    out = io.StringIO()
+    with redirect_stdout(out):
+        assert main(options(data, folder, **resume)) == 0
+    assert "goes on from update" in out.getvalue()
+    whole, _ = finished
+    assert rows_of(folder) == rows_of(whole)
+    for path in sorted(whole.rglob("model.safetensors")):
+        assert path.read_bytes() == (folder / path.relative_to(whole)).read_bytes(), path
+
+
+def test_single_stages_build_on_each_other(data, finished, tmp_path):
+    folder = tmp_path / "stages"
+    with redirect_stdout(io.StringIO()):
+        for stage in ("teacher", "search", "finetune", "evaluate"):
+            assert main(options(data, folder, stage=stage)) == 0
+    assert rows_of(folder) == rows_of(finished[0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "resnet8_cifr"}, "resnet8_cifar"),
+        ({"img_sise": 3}, "did you mean --img_size"),
+        ({"target_bits": 9}, "between 1 and 8"),
+        ({"target_bits": 0.5}, "between 1 and 8"),
+        ({"target_bitops": 11}, "out of reach"),
+        ({"image_column": "picture"}, "picture"),
+        ({"label_column": "etiquette"}, "etiquette"),
+        ({"opt": "adamv"}, "near names: adam"),
+        ({"teacher_opt": "sdg"}, "sgd"),
+        ({"sched": "cosin"}, "cosine"),
+        ({"activation_bits": 9}, "activation_bits"),
+        ({"candidates": "2 4 9"}, "candidates"),
+        ({"pins": "layer7.*=8"}, "layer7"),
+        ({"floors": "layer7.*=2"}, "layer7"),
+        ({"floors": "layer1"}, "PATTERN=BITS"),
+        ({"kd_teacher": "resnot18"}, "resnet18"),
+        ({"batch_size": 0}, "--batch_size must be above 0"),
+        ({"report_to": "wandbb"}, "did you mean 'wandb'"),
+        ({"test_split": "tset"}, "tset"),
+        ({"dataset": "/nowhere/at/all"}, "/nowhere/at/all"),
+        ({"resume": "true"}, "no run to go on with"),
+        ({"stage": "finetune"}, "no run to go on with"),
+    ],
+)
+def test_a_wrong_option_is_one_line_with_exit_code_2_and_nothing_is_written(data, tmp_path, capsys, changes, message):
+    assert main(options(data, tmp_path / "run", **changes)) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1
+    assert message in error[0]
+    assert not (tmp_path / "run").exists()
+
+
+def test_resuming_with_other_options_is_refused_and_a_strange_folder_left_alone(data, finished, tmp_path, capsys):
+    folder, _ = finished
+    before = sorted(folder.rglob("*"))
+    assert main(options(data, folder, resume="true", epochs=5)) == 2
+    assert "--epochs was 2" in capsys.readouterr().err
+    assert sorted(folder.rglob("*")) == before
+    (tmp_path / "thesis.txt").write_text("mine")
+    assert main(options(data, tmp_path)) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_options_come_from_a_yaml_file_and_the_command_line_overrides_them(data, tmp_path, capsys):
+    file = tmp_path / "run.yaml"
+    file.write_text(f"dataset: {data}\nmodel: resnet8_cifar\nimg_size: 16\ntarget_bits: [9.0]\n")
+    assert main([str(file), "--output_dir", str(tmp_path / "run")]) == 2
+    assert "9 average bits" in capsys.readouterr().err
+    assert main([str(file), "--target_bits", "0.25", "--output_dir", str(tmp_path / "run")]) == 2
+    assert "0.25 average bits" in capsys.readouterr().err
+    file.write_text("modle: resnet8_cifar\n")
+    assert main([str(file)]) == 2
+    assert "did you mean 'model'" in capsys.readouterr().err
+
+
+def test_the_script_exits_with_2(tmp_path):
+    command = [sys.executable, str(SCRIPT), "--model", "resnet8_cifr", "--output_dir", str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "Near names: resnet8_cifar" in done.stderr
+    assert done.stderr.count("\n") == 1
