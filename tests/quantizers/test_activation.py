@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sdq_hf.quantizers import ActivationQuantizer
-from sdq_hf.quantizers.activation import activation_range, best_step
+from sdq_hf.quantizers.activation import _fake_quantize, activation_range, best_step
 
 
 def lsq(x, step, low, high):
@@ -78,3 +78,15 @@ def test_state_survives_saving():
     other.load_state_dict(quantizer.state_dict())
     assert torch.equal(other(x), y)
     assert other.range == (-8, 7)
+
+
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_numbers_are_those_of_torchs_own_fake_quantization(signed, bits):
+    generator = torch.Generator().manual_seed(bits)
+    step = torch.rand((), generator=generator) + 0.01
+    # Half steps too, where rounding has a tie.
+    x = torch.cat([torch.randn(5000, generator=generator) * 9, (torch.arange(-99, 99) + 0.5) * step])
+    low, high = activation_range(bits, signed)
+    expected = torch.fake_quantize_per_tensor_affine(x, step, torch.zeros((), dtype=torch.int32), low, high)
+    assert torch.equal(_fake_quantize(x, step, low, high), expected)

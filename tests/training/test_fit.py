@@ -1,0 +1,200 @@
+"""The training loop against a plain loop in torch, optimizer groups, losses and schedules against formulas."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import nn
+from torch.utils.data import DataLoader
+
+from sdq_hf import SDQForImageClassification
+from sdq_hf.training.evaluation import evaluate
+from sdq_hf.training.fit import fit
+from sdq_hf.training.losses import distillation, kl_divergence, ramp, total_bin_regularization
+from sdq_hf.training.optim import OptimizerArguments, create_optimizer, create_scheduler, parameter_groups
+
+BATCH, CLASSES = 8, 3
+
+
+class Rows(torch.utils.data.Dataset):
+    def __init__(self, count, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        self.x = torch.randn(count, 5, generator=generator)
+        self.y = self.x[:, :CLASSES].argmax(dim=1)
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, i):
+        return {"pixel_values": self.x[i], "labels": self.y[i]}
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, CLASSES))
+
+
+def cross_entropy(model, images, labels, progress):
+    return F.cross_entropy(model(images), labels)
+
+
+def loaders(accelerator, batch=BATCH):
+    return {
+        "train": accelerator.prepare(DataLoader(Rows(40), batch_size=batch)),
+        "validation": accelerator.prepare(DataLoader(Rows(20, seed=1), batch_size=batch)),
+    }
+
+
+RECIPE = OptimizerArguments(epochs=3, opt="sgd", lr=0.2, weight_decay=0.01, momentum=0.9, warmup_epochs=0)
+
+
+def plain_loop(epochs=3, clip=None):
+    """The same training with torch alone; weights after each of the five updates an epoch."""
+    model, states = network(), []
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim == 1]
+    optimizer = torch.optim.SGD(
+        [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}],
+        lr=0.2,
+        momentum=0.9,
+        nesterov=True,
+    )
+    data = Rows(40)
+    for step in range(5 * epochs):
+        rows = slice(step % 5 * BATCH, (step % 5 + 1) * BATCH)
+        for group in optimizer.param_groups:
+            group["lr"] = 0.5 * 0.2 * (1 + math.cos(math.pi * step / (5 * epochs)))
+        optimizer.zero_grad()
+        F.cross_entropy(model(data.x[rows]), data.y[rows]).backward()
+        if clip:
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+        states.append(copy.deepcopy(model.state_dict()))
+    return states
+
+
+def same(model, state, **kwargs):
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(value, state[key], **kwargs)
+
+
+def best_epoch(states):
+    """Index of the first state with the best validation accuracy."""
+    data, model = Rows(20, seed=1), network()
+    scores = []
+    for state in states:
+        model.load_state_dict(state)
+        scores.append((model(data.x).argmax(1) == data.y).sum().item())
+    return scores.index(max(scores))
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.05])
+def test_fit_is_the_plain_loop_and_ends_with_its_best_epoch(tmp_path, clip):
+    accelerator, model = Accelerator(cpu=True), network()
+    recipe = OptimizerArguments(**{**vars(RECIPE), "clip_grad": clip})
+    state = fit(model, cross_entropy, loaders(accelerator), recipe, accelerator, tmp_path)
+    expected = plain_loop(clip=clip)[4::5]
+    best = best_epoch(expected)
+    assert (state.update, state.best_epoch) == (15, best + 1)
+    same(model, expected[best])
+    assert [row["epoch"] for row in state.history] == [1, 2, 3]
+
+
+def test_accumulated_batches_are_one_large_batch(tmp_path):
+    accelerator, model = Accelerator(cpu=True, gradient_accumulation_steps=2), network()
+    recipe = OptimizerArguments(**{**vars(RECIPE), "epochs": 1})
+    state = fit(model, cross_entropy, loaders(accelerator, BATCH // 2), recipe, accelerator, tmp_path)
+    reference, one = network(), Accelerator(cpu=True, gradient_accumulation_steps=1)
+    fit(reference, cross_entropy, loaders(one), recipe, one, tmp_path / "one")
+    assert state.update == 5
+    same(model, reference.state_dict())
+
+
+def test_moving_average_is_the_formula(tmp_path):
+    accelerator, model = Accelerator(cpu=True), network()
+    recipe = OptimizerArguments(**{**vars(RECIPE), "epochs": 1})
+    fit(model, cross_entropy, loaders(accelerator), recipe, accelerator, tmp_path, model_ema=True, model_ema_decay=0.6)
+    average, *states = plain_loop(epochs=1)
+    for step, state in enumerate(states, start=1):
+        # timm's warm-up of the decay.
+        decay = min(0.6, 1 - (1 + step) ** (-2 / 3))
+        average = {key: average[key] * decay + value * (1 - decay) for key, value in state.items()}
+    same(model, average)
+
+
+@pytest.fixture(scope="module")
+def quantized():
+    torch.manual_seed(0)
+    model = SDQForImageClassification.from_timm("resnet8_cifar", num_labels=4, img_size=16)
+    model.set_strategy(3)
+    model.calibrate([torch.randn(4, 3, 16, 16)])
+    return model
+
+
+def test_scales_and_norms_are_not_decayed_and_scales_have_their_own_rate(quantized):
+    names = {id(p): name for name, p in quantized.named_parameters()}
+    groups = parameter_groups(quantized, lr=0.1, weight_decay=0.3, scale_lr=0.05)
+    found = {names[id(p)]: group for group in groups for p in group["params"]}
+    assert set(found) == set(names.values())
+    for name, group in found.items():
+        if "quantizer" in name:
+            assert (group["weight_decay"], group["lr"]) == (0.0, pytest.approx(0.005))
+        elif name.endswith(("conv1.weight", "conv2.weight", "fc.weight", "downsample.0.weight")):
+            assert (group["weight_decay"], group["lr"]) == (0.3, 0.1)
+        else:
+            assert (group["weight_decay"], group["lr"]) == (0.0, 0.1)
+    # timm's optimizer keeps the groups.
+    optimizer = create_optimizer(quantized, OptimizerArguments(opt="adamw", lr=0.1, weight_decay=0.3, scale_lr=0.05))
+    assert sorted({g["weight_decay"] for g in optimizer.param_groups}) == [0.0, 0.3]
+    assert sorted({round(g["lr"], 6) for g in optimizer.param_groups}) == [0.005, 0.1]
+
+
+def test_cosine_with_warm_up_keeps_the_ratio_of_the_rates(quantized):
+    options = OptimizerArguments(epochs=10, lr=0.1, warmup_epochs=1, scale_lr=0.1)
+    optimizer = create_optimizer(quantized, options)
+    scheduler = create_scheduler(optimizer, options, updates_per_epoch=20)
+    for step in range(200):
+        scheduler.step_update(step)
+        expected = 0.1 * step / 20 if step < 20 else 0.05 * (1 + math.cos(math.pi * step / 200))
+        rates = sorted({g["lr"] for g in optimizer.param_groups})
+        assert rates[-1] == pytest.approx(expected, rel=1e-6, abs=1e-9)
+        assert rates[0] == pytest.approx(expected / 10, rel=1e-6, abs=1e-9)
+
+
+def test_distillation_and_kl_are_the_sums():
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(6, 5, generator=generator), torch.randn(6, 5, generator=generator)
+    loss, kl = 0.0, []
+    for s, t in zip(student.tolist(), teacher.tolist(), strict=True):
+        p = [math.exp(x) / sum(math.exp(y) for y in t) for x in t]
+        q = [math.exp(x) / sum(math.exp(y) for y in s) for x in s]
+        loss -= sum(a * math.log(b) for a, b in zip(p, q, strict=True)) / 6
+        kl.append(sum(a * math.log(a / b) for a, b in zip(p, q, strict=True)))
+    assert distillation(student, teacher).item() == pytest.approx(loss, rel=1e-5)
+    assert kl_divergence(student, teacher).tolist() == pytest.approx(kl, rel=1e-4)
+
+
+def test_bin_regularization_counts_the_searchable_layers_once(quantized):
+    total = total_bin_regularization(quantized)
+    total.backward()
+    touched = {name for name, layer in quantized.quantized_layers().items() if layer.weight.grad is not None}
+    assert touched == set(quantized.strategy.searchable)
+    assert all(layer.weight_quantizer.scale.grad is None for layer in quantized.quantized_layers().values())
+    quantized.zero_grad()
+    assert [ramp(p) for p in (0.0, 0.25, 0.5, 1.0)] == [0.0, 0.5, 1.0, 1.0]
+
+
+def test_evaluate_counts_every_image_once_and_puts_the_modes_back():
+    data, model, accelerator = Rows(21, seed=3), network().train(), Accelerator(cpu=True)
+    metrics = evaluate(model, accelerator.prepare(DataLoader(data, batch_size=8)), accelerator)
+    with torch.no_grad():
+        logits = model(data.x)
+    assert model.training
+    assert metrics["top1"] == pytest.approx(100 * (logits.argmax(1) == data.y).double().mean().item())
+    assert metrics["top5"] == 100
+    assert metrics["loss"] == pytest.approx(F.cross_entropy(logits, data.y).item(), rel=1e-5)
+    with pytest.raises(ValueError, match="no image"):
+        evaluate(model, [], accelerator)
