@@ -15,8 +15,15 @@ from ..strategy import Strategy
 
 # Okabe and Ito's colours, told apart by colour-blind readers.
 COLOURS = {"sdq": "#D55E00", "greedy": "#0072B2", "uniform": "#009E73", "float": "#555555"}
-MARKERS = {"sdq": "o", "greedy": "s", "uniform": "^", "float": "*"}
+# A filled marker for a budget in bits, a hollow one for a budget in BitOPs.
+MARKERS = {"sdq": "o", "greedy": "s", "uniform": "^"}
 _PINNED = "#BBBBBB"
+_WEIGHTS = "#56B4E9"
+
+
+def _bitops_unit(largest: float) -> tuple[float, str]:
+    """Divisor and name of the unit in which `largest` BitOPs is a handy number."""
+    return next(((d, f"{p}BitOPs") for d, p in ((1e12, "T"), (1e9, "G"), (1e6, "M")) if largest >= d), (1e3, "kBitOPs"))
 
 
 def _save(figure: Figure, path: str | Path) -> None:
@@ -28,7 +35,10 @@ def _save(figure: Figure, path: str | Path) -> None:
 
 
 def figure_bits(strategies: Mapping[str, Strategy]) -> Figure:
-    """Weight bits of each layer, one panel a strategy, and the number of weights per layer below."""
+    """Weight bits of each layer, one panel a strategy, and the number of weights per layer below.
+
+    The colour is that of the method that a name begins with.
+    """
     if not strategies:
         raise ValueError("No strategy to plot.")
     names = list(next(iter(strategies.values())))
@@ -37,12 +47,18 @@ def figure_bits(strategies: Mapping[str, Strategy]) -> Figure:
     axes = figure.subplots(rows, 1, sharex=True)
     places = np.arange(len(names))
     for axis, (title, strategy) in zip(axes, strategies.items(), strict=False):
-        colours = [_PINNED if layer.pinned else COLOURS["sdq"] for layer in strategy.values()]
+        method = COLOURS.get(title.split("-")[0], COLOURS["sdq"])
+        colours = [_PINNED if layer.pinned else method for layer in strategy.values()]
         axis.bar(places, list(strategy.weight_bits.values()), color=colours)
         axis.set(ylim=(0, 8.5), yticks=[2, 4, 6, 8], ylabel="bits")
-        axis.set_title(f"{title}: {strategy.average_bits():.2f} average bits (grey: pinned)", fontsize=10, loc="left")
+        divisor, unit = _bitops_unit(strategy.bitops())
+        axis.set_title(
+            f"{title}: {strategy.average_bits():.2f} average bits, {strategy.bitops() / divisor:.1f} {unit} (grey: pinned)",
+            fontsize=10,
+            loc="left",
+        )
     weights = [layer.num_weights for layer in next(iter(strategies.values())).values()]
-    axes[-1].bar(places, weights, color="#56B4E9")
+    axes[-1].bar(places, weights, color=_WEIGHTS)
     axes[-1].set(yscale="log", ylabel="weights")
     axes[-1].set_xticks(places, names, rotation=90, fontsize=8)
     for axis in axes:
@@ -52,21 +68,45 @@ def figure_bits(strategies: Mapping[str, Strategy]) -> Figure:
 
 
 def figure_descent(logs: Mapping[str, Mapping[str, Any]]) -> Figure:
-    """Cost over the batches of each search (`SearchLog.to_json()`), its budgets as dashed lines."""
+    """Cost over the batches of each search (`SearchLog.to_json()`), its budgets dashed, above the bits of its layers."""
     if not logs or not all(log["moves"] for log in logs.values()):
         raise ValueError("No search with a step to plot.")
-    figure = Figure(figsize=(7, 2.8 * len(logs)), layout="constrained")
-    axes = figure.subplots(len(logs), 1, squeeze=False)[:, 0]
-    for axis, (title, log) in zip(axes, logs.items(), strict=True):
-        batches = [move["batch"] for move in log["moves"]]
-        scale, unit = (1e9, "GBitOPs") if log["cost"] == "bitops" else (1.0, "average bits")
-        axis.step(batches, [move["cost"] / scale for move in log["moves"]], where="post", color=COLOURS["sdq"])
-        for budget in log.get("budgets", []):
-            axis.axhline(budget / scale, color=COLOURS["float"], linestyle="--", linewidth=1)
-        axis.set(xlabel="batches", ylabel=unit)
-        axis.set_title(f"Descent of the search, budget in {title} (dashed)", fontsize=10, loc="left")
-        axis.grid(alpha=0.3)
+    layers = max(len(log["start"]) for log in logs.values())
+    height = 2.2 + max(2.0, 0.16 * layers)
+    figure = Figure(figsize=(8, height * len(logs)), layout="constrained")
+    panels = figure.subplots(2 * len(logs), 1, squeeze=False, height_ratios=[2.2, height - 2.2] * len(logs))[:, 0]
+    for i, (title, log) in enumerate(logs.items()):
+        above, below = panels[2 * i], panels[2 * i + 1]
+        _plot_cost(above, title, log)
+        _plot_layers(below, figure, log)
+        above.sharex(below)
     return figure
+
+
+def _plot_cost(axis: Any, title: str, log: Mapping[str, Any]) -> None:
+    batches = [0, *(move["batch"] for move in log["moves"])]
+    costs = [log["start_cost"], *(move["cost"] for move in log["moves"])]
+    scale, unit = _bitops_unit(costs[0]) if log["cost"] == "bitops" else (1.0, "average bits")
+    axis.step(batches, [cost / scale for cost in costs], where="post", color=COLOURS["sdq"])
+    for budget in log.get("budgets", []):
+        axis.axhline(budget / scale, color=COLOURS["float"], linestyle="--", linewidth=1)
+    axis.set_ylabel(unit)
+    axis.set_title(f"Descent of the search, budget in {title} (dashed)", fontsize=10, loc="left")
+    axis.grid(alpha=0.3)
+
+
+def _plot_layers(axis: Any, figure: Figure, log: Mapping[str, Any]) -> None:
+    """Bits of each layer over time, as a heat map with one column a batch."""
+    names, last = list(log["start"]), log["moves"][-1]["batch"] + 1
+    bits = np.repeat(np.array([[log["start"][name]] for name in names]), last, axis=1)
+    for move in log["moves"]:
+        bits[names.index(move["layer"]), move["batch"] :] = move["to"]
+    image = axis.imshow(
+        bits, aspect="auto", interpolation="nearest", cmap="viridis", vmin=1, vmax=8, extent=(0, last, len(names), 0)
+    )
+    axis.set_yticks(np.arange(len(names)) + 0.5, names, fontsize=6)
+    axis.set_xlabel("batches")
+    figure.colorbar(image, ax=axis, label="bits", ticks=range(1, 9))
 
 
 def figure_accuracy(rows: Sequence[Mapping[str, Any]]) -> Figure:
@@ -76,23 +116,35 @@ def figure_accuracy(rows: Sequence[Mapping[str, Any]]) -> Figure:
         raise ValueError("No quantized row to plot.")
     figure = Figure(figsize=(9, 7), layout="constrained")
     axes = figure.subplots(2, 2, sharex="col", sharey="row")
-    for column, (key, scale, label) in enumerate((("file_bytes", 1e3, "file, kB"), ("bitops", 1e9, "GBitOPs"))):
+    divisor, unit = _bitops_unit(max(row["bitops"] for row in points))
+    for column, (key, scale, label) in enumerate((("file_bytes", 1e3, "file, kB"), ("bitops", divisor, unit))):
         for line, metric in enumerate(("top1", "kl")):
             axis = axes[line, column]
             for row in points:
-                place = (row[key] / scale, row[metric])
-                axis.plot(*place, MARKERS[row["method"]], color=COLOURS[row["method"]], markersize=8)
-                axis.annotate(row["name"], place, xytext=(5, 4), textcoords="offset points", fontsize=8)
+                colour = COLOURS[row["method"]]
+                hollow = {"markerfacecolor": "none"} if row["cost"] == "bitops" else {}
+                axis.plot(
+                    row[key] / scale,
+                    row[metric],
+                    MARKERS[row["method"]],
+                    color=colour,
+                    markersize=9,
+                    markeredgewidth=2,
+                    label=row["name"],
+                    **hollow,
+                )
             axis.grid(alpha=0.3)
-            axis.margins(x=0.25, y=0.15)
-        axes[1, column].set(xlabel=label, yscale="log")
+            axis.margins(0.12)
+        axes[1, column].set(xlabel=label, ylim=(0, None))
+        axes[1, column].locator_params(axis="x", nbins=6)
     axes[0, 0].set_ylabel("test top-1, %")
     axes[1, 0].set_ylabel("test KL to float, nats")
     for row in rows:
         if row["method"] == "float":
             for axis in axes[0]:
-                axis.axhline(row["top1"], color=COLOURS["float"], linestyle="--", linewidth=1)
-            axes[0, 0].set_title(f"dashed: full precision, {row['top1']:.1f} %", fontsize=10, loc="left")
+                axis.axhline(row["top1"], color=COLOURS["float"], linestyle="--", linewidth=1, label=row["name"])
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=9)
     return figure
 
 
@@ -113,12 +165,12 @@ def figure_weights(model: SDQForImageClassification, strategy: Strategy, count: 
         quantizer, bits = layers[name].weight_quantizer, strategy[name].weight_bits
         weight = layers[name].weight.detach().float().cpu()
         scale = best_scale(weight, quantizer.form, quantizer.grid, bits)
-        axis.hist(normalise(weight, quantizer.form, bits, scale).flatten().numpy(), bins=100, color="#56B4E9")
+        axis.hist(normalise(weight, quantizer.form, bits, scale).flatten().numpy(), bins=100, color=_WEIGHTS)
         low, high = extremes(quantizer.grid, bits)
         for level in range(low, high + 1, spacing(quantizer.grid, bits)):
             axis.axvline(level / half_range(quantizer.grid, bits), color=COLOURS["sdq"], linewidth=0.8)
         axis.set_yticks([])
-        axis.set_title(f"{name}: {bits} bits", fontsize=9, loc="left")
+        axis.set_title(f"{name}: {bits} bit{'s' * (bits > 1)}, levels in orange", fontsize=9, loc="left")
     for axis in axes[len(names) :]:
         axis.set_axis_off()
     return figure

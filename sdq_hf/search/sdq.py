@@ -29,6 +29,7 @@ Batch = Mapping[str, Tensor]
 class SearchLog:
     """What a search did, as plain numbers.
 
+    start: layer -> bits at the start, start_cost: what they cost.
     moves: one entry per step-down: batch, layer, from, to, damage (loss), error (its standard error), cost (after it).
     estimates: every `every` batches: batch, cost, and layer -> [bits, damage or beta, standard error].
     """
@@ -36,6 +37,8 @@ class SearchLog:
     cost: str = "bits"
     method: str = "two_sided"
     every: int = 10
+    start: dict[str, int] = field(default_factory=dict)
+    start_cost: float = 0.0
     moves: list[dict[str, Any]] = field(default_factory=list)
     estimates: list[dict[str, Any]] = field(default_factory=list)
 
@@ -105,6 +108,7 @@ def search(
     descent = Descent(model.strategy, get_cost(cost), budgets, model.config.candidates, start_bits, floors)
     log = SearchLog() if log is None else log
     log.cost, log.method = cost, method
+    log.start, log.start_cost = dict(descent.start), descent.total(descent.start)
     for layer in model.quantized_layers().values():
         layer.make_latent()
     if method == "greedy":
