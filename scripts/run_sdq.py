@@ -33,22 +33,22 @@ def main(argv: list[str]) -> int:
 
 
 def run_stages(arguments: Arguments) -> int:
+    # What they would say while they retry is said in the one line at the end.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    stage = arguments.run.stage
+    last = arguments.run.stage
     with Interrupt() as interrupt:
         try:
             run = Run(arguments, interrupt)
             run.teacher()
-            if stage == "teacher":
-                return 0
-            entries = run.search()
-            if stage == "search":
-                return 0
-            run.finetune(entries)
-            if stage == "finetune":
-                return 0
-            report(run, entries)
+            if last != "teacher":
+                entries = run.search()
+                if last != "search":
+                    run.finetune(entries)
+                    if last != "finetune":
+                        report(run, entries)
+            run.accelerator.end_training()
         except Interrupted:
             print(f"Stopped; a checkpoint is in {arguments.run.output_dir}. Add --resume to go on.", file=sys.stderr)
             return 130

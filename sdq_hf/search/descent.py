@@ -102,6 +102,10 @@ class Descent:
         bits = self.bits if bits is None else bits
         return self._base + sum(self.table[name][b] for name, b in bits.items())
 
+    def average_bits(self) -> float:
+        """Average bits of the searchable layers at present, whatever the cost is."""
+        return self._strategy.with_bits(self.bits).average_bits()
+
     def next_bits(self, name: str) -> int | None:
         """The next lower candidate of a layer, None at its floor."""
         below = [b for b in self.candidates if self.floor[name] <= b < self.bits[name]]

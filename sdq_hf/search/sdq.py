@@ -52,6 +52,7 @@ class SearchState:
 
     batch: int
     cost: float
+    average_bits: float
     loss: float
     images: int
     moved: str | None
@@ -235,7 +236,8 @@ def _descend(
                 step += 1
                 if on_step is not None:
                     moved = None if move is None else move.layer
-                    on_step(SearchState(step, descent.total(), loss.item(), len(images), moved, state_dict))
+                    average = descent.average_bits()
+                    on_step(SearchState(step, descent.total(), average, loss.item(), len(images), moved, state_dict))
     finally:
         weights.clear()
     return descent.strategies()

@@ -118,6 +118,8 @@ def fit(
         if epoch % save_every == 0 and epoch < options.epochs:
             checkpoint.save(state)
     accelerator.wait_for_everyone()
+    # Takes off the wrapper that makes every forward pass one in mixed precision: what is published computes in float32.
+    accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
     if best.exists():
         model.load_state_dict(load_file(best, device=str(accelerator.device)))
     return state

@@ -50,3 +50,39 @@ class Progress:
                 + (f", {left:.0f} s left" if left else ""),
                 flush=True,
             )
+
+
+class SearchProgress:
+    """The same for a search, whose length nobody knows: its bar shows the part of the way down that is done."""
+
+    def __init__(self, accelerator: Accelerator, name: str, budget: float, done_batches: int = 0):
+        self.accelerator, self.name, self.budget, self.done = accelerator, name, budget, done_batches
+        self._started = self._printed = time.perf_counter()
+        self._start_cost: float | None = None
+        show = accelerator.is_main_process and sys.stderr.isatty()
+        self._bar = tqdm(total=100, desc=name, unit="%", leave=False) if show else None
+
+    def batch(self, number: int, images: int, loss: float, cost: float, average_bits: float) -> None:
+        """`number` counts batches from 0; `cost` is in the unit of the budget."""
+        now = time.perf_counter()
+        rate = self.accelerator.num_processes * images * (number + 1 - self.done) / (now - self._started)
+        if number % 10 == 0:
+            self.accelerator.log(
+                {f"{self.name}/loss": loss, f"{self.name}/cost": cost, f"{self.name}/bits": average_bits}, step=number
+            )
+        if self._start_cost is None:
+            self._start_cost = cost
+        if self._bar is not None:
+            way = self._start_cost - self.budget
+            self._bar.n = round(100 * min(1.0, (self._start_cost - cost) / way), 1) if way > 0 else 100
+            self._bar.set_postfix_str(f"loss {loss:.3f}, {average_bits:.2f} bits, {rate:,.0f} images/s")
+        elif now - self._printed > 10:
+            self._printed = now
+            self.accelerator.print(
+                f"{self.name}: batch {number + 1}, loss {loss:.4f}, {average_bits:.2f} average bits, {rate:,.0f} images/s",
+                flush=True,
+            )
+
+    def finish(self) -> None:
+        if self._bar is not None:
+            self._bar.close()

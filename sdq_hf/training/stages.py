@@ -36,6 +36,7 @@ from .interrupt import Interrupt, Interrupted
 from .loaders import build_loaders, build_mixup
 from .losses import distillation, ramp, total_bin_regularization
 from .optim import OptimizerArguments
+from .progress import SearchProgress
 
 STAGES = ("teacher", "search", "finetune", "evaluate")
 _LEFT_BY = {
@@ -280,20 +281,13 @@ class Run:
         log, checkpoint = SearchLog(), folder / f"{name}.checkpoint.json"
         state = json.loads(checkpoint.read_text()) if run.resume and checkpoint.exists() else None
         started = time.perf_counter() - (state["seconds"] if state else 0.0)
-        last_print = [time.perf_counter()]
+        progress = SearchProgress(self.accelerator, name, min(budgets), state["batch"] if state else 0)
 
         def on_step(step: SearchState) -> None:
-            now = time.perf_counter()
-            if now - last_print[0] > 10:
-                last_print[0] = now
-                rate = self.accelerator.num_processes * step.images * (step.batch + 1) / (now - started)
-                self.accelerator.print(
-                    f"{name}: batch {step.batch + 1}, loss {step.loss:.4f}, cost {step.cost:.4g}, {rate:,.0f} images/s",
-                    flush=True,
-                )
+            progress.batch(step.batch, step.images, step.loss, step.cost, step.average_bits)
             stop = self.interrupt.requested(self.accelerator)
             if (stop or step.batch % 200 == 199) and self.accelerator.is_main_process:
-                write_json(checkpoint, {**step.state_dict(), "seconds": now - started})
+                write_json(checkpoint, {**step.state_dict(), "seconds": time.perf_counter() - started})
             if stop:
                 self.interrupt.stop()
 
@@ -313,6 +307,7 @@ class Run:
             on_step=on_step,
             resume_from=state,
         )
+        progress.finish()
         seconds = time.perf_counter() - started
         for budget, strategy in zip(budgets, strategies, strict=True):
             self.accelerator.print(
