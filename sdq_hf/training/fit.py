@@ -121,7 +121,7 @@ def fit(
     # Takes off the wrapper that makes every forward pass one in mixed precision: what is published computes in float32.
     accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
     if best.exists():
-        model.load_state_dict(load_file(best, device=str(accelerator.device)))
+        model.load_state_dict(load_file(best))
     return state
 
 

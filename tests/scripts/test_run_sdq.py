@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -180,6 +181,42 @@ def test_single_stages_build_on_each_other(data, finished, tmp_path):
         for stage in ("teacher", "search", "finetune", "evaluate"):
             assert main(options(data, folder, stage=stage)) == 0
     assert rows_of(folder) == rows_of(finished[0])
+
+
+def test_mixed_precision_accumulation_and_moving_averages_still_publish_the_float32_function(data, tmp_path):
+    changes = {
+        "mixed_precision": "bf16",
+        "gradient_accumulation_steps": 2,
+        "model_ema": "true",
+        "mixup": 0.2,
+        "clip_grad": 1.0,
+        "report_to": "tensorboard",
+        "controls": "none",
+        "target_bitops": None,
+    }
+    folder, out = tmp_path / "run", io.StringIO()
+    with redirect_stdout(out):
+        assert main(options(data, folder, **changes)) == 0
+    assert "bit-identical" in out.getvalue()
+    assert list(rows_of(folder)) == ["full precision", "sdq-bits-3"]
+    assert list(folder.rglob("*tfevents*"))
+
+
+def test_two_processes_find_one_strategy_and_write_one_result(data, tmp_path):
+    folder = tmp_path / "run"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    arguments = options(data, folder, controls="none", batch_size=16, epochs=1, teacher_epochs=1)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*launcher, str(SCRIPT), *arguments], capture_output=True, text=True, check=False, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads((folder / "results.json").read_text())["processes"] == 2
+    # Ranks that disagree about a step-down would hang or print twice.
+    assert done.stdout.count("sdq-bits: for 3 bits") == 1
+    for name in ("sdq-bits-3", "sdq-bitops-3"):
+        model = SDQForImageClassification.from_pretrained(folder / "models" / name)
+        assert rows_of(folder)[name]["average_bits"] == model.strategy.average_bits() <= 6
 
 
 @pytest.mark.parametrize(
