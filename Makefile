@@ -7,7 +7,7 @@ LAUNCH = $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_pre
 	--num_cpu_threads_per_process $(CORES)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check style test-lowest
+.PHONY: help demo test check style test-lowest bench
 
 help:  ## List the targets.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -41,3 +41,14 @@ style: .venv/installed  ## Fix lint and format.
 
 test-lowest: .venv-lowest/installed  ## Run the tests with the oldest supported versions.
 	.venv-lowest/bin/python -m pytest
+
+# Brevitas asks for an older setuptools than ours, so it has an environment of its own.
+.venv-bench/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv --clear .venv-bench
+	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check uv
+	.venv-bench/bin/uv pip install --quiet --python .venv-bench/bin/python --constraint constraints.txt --editable '.'
+	.venv-bench/bin/uv pip install --quiet --python .venv-bench/bin/python brevitas==0.13.4
+	touch $@
+
+bench: .venv-bench/installed  ## Measure step times and memory beside Brevitas, about 15 minutes.
+	.venv-bench/bin/python scripts/bench.py --out docs/benchmarks/steps.json

@@ -203,6 +203,8 @@ def brevitas_twin(network: nn.Module) -> nn.Module:
             "weight_bit_width": bits,
             "input_quant": Int8ActPerTensorFloat,
             "input_bit_width": bits,
+            # Percentiles are gathered in the first step only, so that its learned scale is what is measured.
+            "input_collect_stats_steps": 1,
         }
         new: nn.Module
         if isinstance(old, nn.Conv2d):

@@ -1,5 +1,6 @@
 """`search`: one descent, one strategy per budget (phase 1 of SDQ)."""
 
+import copy
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,9 +15,10 @@ from torch import Tensor, nn
 from ..costs import get_cost
 from ..modeling_sdq import SDQForImageClassification
 from ..strategy import Strategy
+from ..training.optim import OptimizerArguments, create_optimizer
 from .descent import Descent
 from .errors import quantization_errors
-from .stochastic_weights import StochasticWeights, frozen
+from .stochastic_weights import StochasticWeights, searching
 from .updates import Paper, TwoSided
 
 logger = logging.getLogger(__name__)
@@ -70,6 +72,7 @@ def search(
     seed: int = 0,
     start_bits: int | None = None,
     floors: Mapping[str, int] | None = None,
+    weight_lr: float = 3e-4,
     max_batches: int = 100_000,
     log: SearchLog | None = None,
     accelerator: Accelerator | None = None,
@@ -79,7 +82,7 @@ def search(
 ) -> list[Strategy]:
     """Learn a strategy for each budget, in one descent.
 
-    Weights, scales and clips stay as they are, and so does the model's own strategy: pass a strategy of the result to
+    The model is left as it was, weights, scales, clips and strategy: pass a strategy of the result to
     `model.set_strategy`, and recalibrate batch norm (`model.recalibrate_batch_norm`) before it is evaluated.
 
     Args:
@@ -93,10 +96,13 @@ def search(
         seed: of the draws. They depend on it and on the batch's number alone, so all ranks of a distributed run agree.
         start_bits: rung where all layers start; default 6, or the lowest that is above every budget.
         floors: pattern of layer names -> fewest bits.
+        weight_lr: learning rate (AdamW) at which the weights follow the search, as in the paper's first phase, so that
+            damage is measured in a network that has adapted to its bits; 0 keeps them frozen.
         max_batches: gives up after so many, with a `RuntimeError` that says how far it came.
         log: is filled with estimates and moves. on_step: is called after each batch.
         accelerator: of a distributed or mixed-precision run; gradients to the DBPs are averaged over its ranks.
         resume_from: a `SearchState.state_dict()` of an interrupted search with the same arguments.
+            Plain numbers that JSON can hold, but for the mapping of tensors under "tensors".
         options: of the method; see `sdq_hf.search.updates.TwoSided` and `Paper`.
 
     Returns strategies in the order of `budgets`. Raises `BudgetError` (a `ValueError`) for a budget out of reach, before
@@ -124,7 +130,17 @@ def search(
     else:
         update = TwoSided(descent, seed, **options)
     return _descend(
-        model, data, descent, update, teacher, max_batches, log, accelerator or Accelerator(), on_step, resume_from
+        model,
+        data,
+        descent,
+        update,
+        teacher,
+        weight_lr,
+        max_batches,
+        log,
+        accelerator or Accelerator(),
+        on_step,
+        resume_from,
     )
 
 
@@ -170,6 +186,7 @@ def _descend(
     descent: Descent,
     update: TwoSided | Paper,
     teacher: nn.Module | None,
+    weight_lr: float,
     max_batches: int,
     log: SearchLog,
     accelerator: Accelerator,
@@ -188,21 +205,33 @@ def _descend(
         if not model.is_calibrated():
             model.calibrate(data)
         model.set_strategy(before)
-
-    def state_dict() -> dict[str, Any]:
-        return {
-            "batch": step,
-            "descent": descent.state_dict(),
-            "update": update.state_dict(),
-            "moves": log.moves,
-            "estimates": log.estimates,
-        }
-
-    weights = StochasticWeights(model)
+    teacher = _float_copy(model) if teacher is None else teacher
+    weights = StochasticWeights(model, trained=weight_lr > 0)
+    # Gradients of half precision underflow unless the loss is scaled; what comes out is scaled back.
+    scale = 1024.0 if accelerator.mixed_precision == "fp16" else 1.0
     try:
-        with frozen(model):
+        with searching(model, trained=weight_lr > 0) as parameters:
+            training = _Training(model, parameters, weight_lr, accelerator, scale)
+            tensors: Mapping[str, Tensor] = {}
+            if resume_from is not None:
+                tensors = resume_from.get("tensors", {})
+                training.load(tensors)
             for name in descent.names:
-                weights.set(name, descent.bits[name], descent.next_bits(name))
+                weights.set(name, descent.bits[name], descent.next_bits(name), tensors.get(f"scales.{name}"))
+
+            def state_dict() -> dict[str, Any]:
+                state = {
+                    "batch": step,
+                    "descent": descent.state_dict(),
+                    "update": update.state_dict(),
+                    "moves": log.moves,
+                    "estimates": log.estimates,
+                }
+                if weight_lr > 0:
+                    scales = {f"scales.{name}": value for name, value in weights.scales().items()}
+                    state["tensors"] = {**training.tensors(), **scales}
+                return state
+
             batches = endless(data, start=step)
             while not descent.done:
                 if step >= max_batches:
@@ -215,10 +244,11 @@ def _descend(
                 drawn = update.draw(step)
                 weights.choose(drawn)
                 loss = _distillation_loss(model, teacher, images, accelerator)
-                accelerator.backward(loss)
+                (loss * scale).backward()
                 names, gradients = weights.gradients()
-                gradients = cast(Tensor, accelerator.reduce(gradients, reduction="mean"))
+                gradients = cast(Tensor, accelerator.reduce(gradients / scale, reduction="mean"))
                 values = dict.fromkeys(descent.names, 0.0) | dict(zip(names, gradients.tolist(), strict=True))
+                training.step()
                 update.observe(values, drawn)
                 move = update.next_move()
                 if move is not None:
@@ -243,33 +273,76 @@ def _descend(
     return descent.strategies()
 
 
+class _Training:
+    """Weights that follow the search, by AdamW on its loss; nothing where there are no `parameters` to train."""
+
+    def __init__(
+        self,
+        model: SDQForImageClassification,
+        parameters: list[nn.Parameter],
+        lr: float,
+        accelerator: Accelerator,
+        scale: float,
+    ):
+        self.model, self.parameters, self.accelerator, self.scale = model, parameters, accelerator, scale
+        self.optimizer = create_optimizer(model, OptimizerArguments(lr=lr, weight_decay=0.0)) if parameters else None
+
+    def step(self) -> None:
+        if self.optimizer is None:
+            return
+        used = [parameter for parameter in self.parameters if parameter.grad is not None]
+        flat = torch.cat([cast(Tensor, parameter.grad).reshape(-1) for parameter in used]) / self.scale
+        flat = cast(Tensor, self.accelerator.reduce(flat, reduction="mean"))
+        for parameter, grad in zip(used, flat.split([p.numel() for p in used]), strict=True):
+            parameter.grad = grad.view(parameter.shape)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Copies of the model's and the optimizer's tensors."""
+        assert self.optimizer is not None
+        found = {f"model.{key}": value for key, value in self.model.state_dict().items()}
+        for index, values in self.optimizer.state_dict()["state"].items():
+            found |= {f"optimizer.{index}.{key}": value for key, value in values.items()}
+        return {key: value.detach().clone().contiguous() for key, value in found.items()}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        if self.optimizer is None:
+            return
+        groups: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}}
+        for key, value in tensors.items():
+            kind, _, rest = key.partition(".")
+            if kind in groups:
+                groups[kind][rest] = value
+        if not groups["model"]:
+            raise ValueError("The saved search trained no weights (weight_lr was 0): resume it with weight_lr=0.")
+        self.model.load_state_dict(groups["model"])
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, value in groups["optimizer"].items():
+            index, _, field_name = key.partition(".")
+            state.setdefault(int(index), {})[field_name] = value
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+
+
+def _float_copy(model: SDQForImageClassification) -> nn.Module:
+    """The float network as it is now, which the search stays close to."""
+    twin = copy.deepcopy(model).eval().requires_grad_(False)
+    for layer in twin.quantized_layers().values():
+        layer.enabled = False
+    return twin
+
+
 def _distillation_loss(
-    model: SDQForImageClassification, teacher: nn.Module | None, images: Tensor, accelerator: Accelerator
+    model: SDQForImageClassification, teacher: nn.Module, images: Tensor, accelerator: Accelerator
 ) -> Tensor:
     """KL divergence from the teacher's outputs, mean over the batch; its gradient is that of METHOD 4's KD."""
     with accelerator.autocast():
         with torch.no_grad():
-            if teacher is None:
-                with model.float_mode():
-                    target = _eval_logits(model.timm_model, images)
-            else:
-                target = _logits(teacher(images))
+            target = _logits(teacher(images))
         logits = _logits(model(pixel_values=images))
     return F.kl_div(
         F.log_softmax(logits.float(), -1), F.log_softmax(target.float(), -1), reduction="batchmean", log_target=True
     )
-
-
-def _eval_logits(backbone: nn.Module, images: Tensor) -> Tensor:
-    """The float twin's answer: batch norm, which trains during a search, uses its running statistics here."""
-    norms = [m for m in backbone.modules() if m.training]
-    for norm in norms:
-        norm.training = False
-    try:
-        return backbone(images)
-    finally:
-        for norm in norms:
-            norm.training = True
 
 
 def _logits(output: Any) -> Tensor:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -13,48 +12,61 @@ from ..quantizers.stochastic import stochastic_choice
 from ..quantizers.weight import best_scale, fake_quantize
 
 
-@torch.no_grad()
-def _quantize(layer: QuantizedLayer, bits: int) -> Tensor:
-    quantizer, weight = layer.weight_quantizer, layer.weight.detach().float()
-    return fake_quantize(
-        weight, quantizer.form, quantizer.grid, bits, best_scale(weight, quantizer.form, quantizer.grid, bits)
-    )
-
-
-@dataclass
 class _Pair:
-    """One layer's weights at both bitwidths, and the leaf that takes the gradient to its DBP."""
+    """One layer's weights at two bitwidths, and the leaf `gate` that takes the gradient to its DBP.
 
-    upper: Tensor
-    lower: Tensor
-    difference: Tensor
-    gate: Tensor
-    use_upper: bool = True
+    `lower` None: the layer stays at `upper`. Scales are fitted when the pair is made. Frozen weights are quantized once.
+    """
 
-    def weight(self, _: Tensor) -> Tensor:
-        return stochastic_choice(self.gate, self.upper if self.use_upper else self.lower, self.difference)
+    def __init__(self, layer: QuantizedLayer, upper: int, lower: int | None, trained: bool, scales: Tensor | None):
+        quantizer, weight = layer.weight_quantizer, layer.weight.detach()
+        self._form, self._grid = quantizer.form, quantizer.grid
+        self._bits = [upper] if lower is None else [upper, lower]
+        if scales is None:
+            scales = torch.stack([best_scale(weight, self._form, self._grid, bits) for bits in self._bits])
+        self.scales = scales.to(weight.device)
+        self.gate = torch.zeros((), device=weight.device, requires_grad=True)
+        self.use_upper = True
+        self._fixed: list[Tensor] | None = None
+        if not trained:
+            with torch.no_grad():
+                self._fixed = self._quantize(weight)
+
+    def _quantize(self, weight: Tensor) -> list[Tensor]:
+        pairs = zip(self._bits, self.scales, strict=True)
+        return [fake_quantize(weight.float(), self._form, self._grid, bits, scale) for bits, scale in pairs]
+
+    def weight(self, weight: Tensor) -> Tensor:
+        sides = self._fixed or self._quantize(weight)
+        if len(sides) == 1:
+            return sides[0]
+        upper, lower = sides
+        return stochastic_choice(self.gate, upper if self.use_upper else lower, (upper - lower).detach())
 
 
 class StochasticWeights:
-    """Holds `Q_upper(w)` and `Q_lower(w)` of every searched layer. Weights and scales are frozen, so both are computed
-    once for each rung."""
+    """Holds `Q_upper(w)` and `Q_lower(w)` of every searched layer.
 
-    def __init__(self, model: SDQForImageClassification):
+    trained: the weights change from batch to batch, and take their straight-through gradient.
+    """
+
+    def __init__(self, model: SDQForImageClassification, trained: bool = False):
         self._layers = quantized_layers(model.timm_model)
+        self._trained = trained
+        self._all: dict[str, _Pair] = {}
         self._pairs: dict[str, _Pair] = {}
 
-    def set(self, name: str, upper: int, lower: int | None) -> None:
-        """Draw layer `name` between `upper` and `lower`; None pins it at `upper`."""
-        layer = self._layers[name]
-        high = _quantize(layer, upper)
-        if lower is None:
-            self._pairs.pop(name, None)
-            layer.weight_source = lambda _: high
-            return
-        low = _quantize(layer, lower)
-        gate = torch.zeros((), device=high.device, requires_grad=True)
-        self._pairs[name] = pair = _Pair(high, low, high - low, gate)
-        layer.weight_source = pair.weight
+    def set(self, name: str, upper: int, lower: int | None, scales: Tensor | None = None) -> None:
+        """Draw layer `name` between `upper` and `lower`; None pins it at `upper`. `scales`: those of a resumed search."""
+        self._all[name] = pair = _Pair(self._layers[name], upper, lower, self._trained, scales)
+        self._layers[name].weight_source = pair.weight
+        self._pairs.pop(name, None)
+        if lower is not None:
+            self._pairs[name] = pair
+
+    def scales(self) -> dict[str, Tensor]:
+        """Layer -> scales of its bitwidths (float32 [1 or 2])."""
+        return {name: pair.scales for name, pair in self._all.items()}
 
     def choose(self, drawn: dict[str, bool]) -> None:
         """Use the upper bitwidth where `drawn` is True, and forget the gradients of the batch before."""
@@ -72,34 +84,36 @@ class StochasticWeights:
         for layer in self._layers.values():
             layer.weight_source = None
         self._pairs.clear()
+        self._all.clear()
 
 
 @contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Inside, no parameter takes a gradient, batch norm uses the batch's statistics, all else is in eval mode.
+def searching(model: nn.Module, trained: bool = False) -> Iterator[list[nn.Parameter]]:
+    """Inside, batch norm uses the batch's statistics and all else is in eval mode; gives the parameters that take a gradient.
 
-    Afterwards modes, gradient flags and running statistics are what they were.
+    Those are none, or with `trained` all but the weights' scales, which the search sets itself. Afterwards modes, gradient
+    flags, parameters and running statistics are what they were.
     """
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     modes = {module: module.training for module in model.modules()}
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     momenta = {norm: norm.momentum for norm in norms}
-    statistics = [{key: buffer.clone() for key, buffer in norm.named_buffers(recurse=False)} for norm in norms]
+    kept = norms if not trained else [model]
+    state = [{key: value.clone() for key, value in module.state_dict().items()} for module in kept]
     try:
-        for parameter in flags:
-            parameter.requires_grad_(False)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(trained and not name.endswith("weight_quantizer.scale"))
         model.eval()
         for norm in norms:
-            # Running statistics stay: the float network, which is the teacher, goes on using them.
             norm.training, norm.momentum = True, 0.0
-        yield
+        yield [parameter for parameter in flags if parameter.requires_grad]
     finally:
         for parameter, flag in flags.items():
             parameter.requires_grad_(flag)
+            parameter.grad = None
         for module, mode in modes.items():
             module.training = mode
         for norm, momentum in momenta.items():
             norm.momentum = momentum
-        for norm, buffers in zip(norms, statistics, strict=True):
-            for key, buffer in buffers.items():
-                getattr(norm, key).copy_(buffer)
+        for module, values in zip(kept, state, strict=True):
+            module.load_state_dict(values)

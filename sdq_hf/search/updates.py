@@ -80,10 +80,12 @@ class TwoSided:
 
     Args:
         min_draws: draws per side before a layer may step. max_draws: draws (both sides) after which it may always.
+        caution: standard errors that are added to a damage when layers are compared. The least of many noisy estimates
+            is one that is too low; with this a layer that is not measured well enough waits (our choice).
     """
 
-    def __init__(self, descent: Descent, seed: int, min_draws: int = 3, max_draws: int = 13):
-        self.descent, self.seed = descent, seed
+    def __init__(self, descent: Descent, seed: int, min_draws: int = 3, max_draws: int = 13, caution: float = 1.0):
+        self.descent, self.seed, self.caution = descent, seed, caution
         self.min_draws, self.max_draws = min_draws, max_draws
         self.sides = {name: _Sides() for name in descent.names}
 
@@ -102,7 +104,7 @@ class TwoSided:
         return min(draws) >= self.min_draws and (sides.error <= sides.damage / 2 or sum(draws) >= self.max_draws)
 
     def next_move(self) -> Move | None:
-        """The layer with the least damage per saved cost, once it is ready; None while it is not.
+        """The layer with the least damage (estimate and its error) per saved cost, once it is ready; None while it is not.
 
         Waiting matters: sensitive layers are measured quickly and harmless ones slowly, so taking the best of those
         that are ready would step down the sensitive ones first. A layer with too few draws counts with the damage of
@@ -112,7 +114,7 @@ class TwoSided:
         def price(name: str) -> tuple[float, float]:
             saved, sides = self.descent.saved(name), self.sides[name]
             if min(sides.upper.count, sides.lower.count) >= self.min_draws:
-                damage = sides.damage
+                damage = sides.damage + self.caution * sides.error
             else:
                 damage = self.descent.damage[name].get(self.descent.bits[name], 0.0)
             return max(damage, 0.0) / saved, -saved

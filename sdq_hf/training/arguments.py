@@ -83,6 +83,7 @@ class SearchArguments:
     start_bits: int | None = _option(None, "Bits at which all layers start; default 6 or above every budget.")
     floors: list[str] = _option([], "PATTERN=BITS: fewest bits of the layers that match.")
     search_batch_size: int | None = _option(None, "Images per batch and process of the search; default: --batch_size.")
+    search_weight_lr: float = _option(3e-4, "Learning rate of weights that follow the search; 0: they stay frozen.")
     max_search_batches: int = _option(20_000, "Give up a search after so many batches.")
 
 
@@ -233,6 +234,7 @@ def _check(arguments: Arguments) -> None:
         "ebr_weight": tune.ebr_weight,
         "clip_grad": tune.clip_grad,
         "bn_batches": tune.bn_batches,
+        "search_weight_lr": search.search_weight_lr,
         "mixup": data.mixup,
         "cutmix": data.cutmix,
     }

@@ -278,8 +278,8 @@ class Run:
     ) -> tuple[list[Strategy], float, SearchLog]:
         options, run = self.arguments.search, self.arguments.run
         folder = self.folder / "search"
-        log, checkpoint = SearchLog(), folder / f"{name}.checkpoint.json"
-        state = json.loads(checkpoint.read_text()) if run.resume and checkpoint.exists() else None
+        log, checkpoint = SearchLog(), _SearchCheckpoint(folder, name)
+        state = checkpoint.load() if run.resume else None
         started = time.perf_counter() - (state["seconds"] if state else 0.0)
         progress = SearchProgress(self.accelerator, name, min(budgets), state["batch"] if state else 0)
 
@@ -287,7 +287,7 @@ class Run:
             progress.batch(step.batch, step.images, step.loss, step.cost, step.average_bits)
             stop = self.interrupt.requested(self.accelerator)
             if (stop or step.batch % 200 == 199) and self.accelerator.is_main_process:
-                write_json(checkpoint, {**step.state_dict(), "seconds": time.perf_counter() - started})
+                checkpoint.save({**step.state_dict(), "seconds": time.perf_counter() - started})
             if stop:
                 self.interrupt.stop()
 
@@ -301,6 +301,7 @@ class Run:
             seed=run.seed,
             start_bits=options.start_bits,
             floors=bits_by_pattern(options.floors, "floors"),
+            weight_lr=options.search_weight_lr,
             max_batches=options.max_search_batches,
             log=log,
             accelerator=self.accelerator,
@@ -317,7 +318,7 @@ class Run:
             )
         if self.accelerator.is_main_process:
             write_json(folder / f"{name}.json", {"seconds": seconds, "budgets": budgets, **log.to_json()})
-            _remove(checkpoint)
+            checkpoint.remove()
         return strategies, seconds, log
 
     def finetune(self, entries: list[dict[str, Any]]) -> None:
@@ -402,6 +403,39 @@ class Run:
 
     def _wants(self, stage: str) -> bool:
         return self.arguments.run.stage in ("all", stage)
+
+
+class _SearchCheckpoint:
+    """State of a running search: numbers in `<name>.checkpoint.json`, which names the file of the tensors."""
+
+    def __init__(self, folder: Path, name: str):
+        self.folder, self.name, self.path = folder, name, folder / f"{name}.checkpoint.json"
+
+    def _tensor_files(self) -> list[Path]:
+        return list(self.folder.glob(f"{self.name}.checkpoint-*.safetensors"))
+
+    def save(self, state: dict[str, Any]) -> None:
+        old, tensors = self._tensor_files(), state.pop("tensors", None)
+        if tensors is not None:
+            state["tensor_file"] = f"{self.name}.checkpoint-{state['batch']}.safetensors"
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_tensors(tensors, self.folder / state["tensor_file"])
+        write_json(self.path, state)
+        for path in old:
+            if path.name != state.get("tensor_file"):
+                _remove(path)
+
+    def load(self) -> dict[str, Any] | None:
+        if not self.path.exists():
+            return None
+        state = json.loads(self.path.read_text())
+        if "tensor_file" in state:
+            state["tensors"] = load_file(self.folder / state["tensor_file"])
+        return state
+
+    def remove(self) -> None:
+        for path in [self.path, *self._tensor_files()]:
+            _remove(path)
 
 
 def _accelerator(arguments: Arguments) -> Accelerator:

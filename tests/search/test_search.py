@@ -9,8 +9,10 @@ from torch import nn
 
 from sdq_hf import LayerBits, SDQForImageClassification, Strategy
 from sdq_hf.costs import COSTS
+from sdq_hf.quantizers.weight import best_scale, fake_quantize
 from sdq_hf.search import BudgetError, SearchLog, search
 from sdq_hf.search.descent import Descent
+from sdq_hf.search.stochastic_weights import StochasticWeights
 from sdq_hf.search.updates import RunningMean, TwoSided
 
 
@@ -163,11 +165,12 @@ def test_search_leaves_the_model_as_it_was_and_is_reproducible(planted):
     assert {len(v) for v in log.estimates[-1]["layers"].values()} == {3}
 
 
+@pytest.mark.parametrize("weight_lr", [0.0, 1e-3])
 @pytest.mark.parametrize("method", ["two_sided", "paper"])
-def test_a_resumed_search_equals_the_uninterrupted_one(planted, method):
+def test_a_resumed_search_equals_the_uninterrupted_one(planted, method, weight_lr):
     model = copy.deepcopy(planted)
     model.calibrate(Images())
-    kwargs = {"method": method, "seed": 1, "accelerator": Accelerator(cpu=True)}
+    kwargs = {"method": method, "weight_lr": weight_lr, "seed": 1, "accelerator": Accelerator(cpu=True)}
     kwargs |= {"lr": 30.0} if method == "paper" else {}
     whole = SearchLog()
     expected = search(model, Images(), [4.0], log=whole, **kwargs)
@@ -183,6 +186,65 @@ def test_a_resumed_search_equals_the_uninterrupted_one(planted, method):
     log = SearchLog()
     assert search(model, Images(), [4.0], log=log, resume_from=kept.state, **kwargs) == expected
     assert log.moves == whole.moves
+    assert ("tensors" in kept.state) == (weight_lr > 0)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_drawn_weights_are_the_quantized_ones_and_gradients_are_those_of_the_choice(planted, trained):
+    model = copy.deepcopy(planted).eval()
+    name, names = "layer2.0.conv1", list(planted.strategy.searchable)
+    layer, images = model.quantized_layers()[name], Images().batches[0]["pixel_values"][:4]
+    model.calibrate([images])
+    weights = StochasticWeights(model, trained=trained)
+    for other in names:
+        weights.set(other, 3, 2)
+    for upper in (True, False):
+        weights.choose(dict.fromkeys(names, upper))
+        model.zero_grad()
+        model(images).logits.square().sum().backward()
+        gate = dict(zip(*weights.gradients(), strict=True))[name]
+        # The same network at fixed bits: its gradient to the quantized weight is what both gradients come from.
+        fixed = copy.deepcopy(planted).eval()
+        fixed.set_strategy(3 if upper else 2)
+        fixed.timm_model.load_state_dict(
+            {k: v for k, v in model.timm_model.state_dict().items() if "weight_quantizer" not in k}, strict=False
+        )
+        sides = {}
+        for bits in (3, 2):
+            scale = best_scale(layer.weight, "lsq", "midrise", bits)
+            sides[bits] = fake_quantize(layer.weight.detach(), "lsq", "midrise", bits, scale)
+        leaf = sides[3 if upper else 2].clone().requires_grad_()
+        fixed.quantized_layers()[name].weight_source = lambda _, leaf=leaf: leaf
+        fixed(images).logits.square().sum().backward()
+        torch.testing.assert_close(gate, (leaf.grad * (sides[3] - sides[2])).sum(), rtol=1e-3, atol=1e-5)
+        if trained:
+            scale = best_scale(layer.weight, "lsq", "midrise", 3 if upper else 2)
+            inside = layer.weight.detach().abs() <= scale
+            torch.testing.assert_close(layer.weight.grad, leaf.grad * inside, rtol=1e-3, atol=1e-5)
+        elif layer.weight.grad is not None:
+            assert layer.weight.grad.abs().max() == 0
+    weights.clear()
+
+
+def test_weights_follow_the_search_and_frozen_ones_give_another_answer(planted):
+    """With a teacher that the float weights are far from, training along lowers the loss."""
+    model = copy.deepcopy(planted)
+    model.calibrate(Images())
+    other = timm.create_model("resnet8_cifar", num_classes=10).eval()
+    losses = {}
+    for lr in (0.0, 3e-3):
+        seen = []
+        search(
+            copy.deepcopy(model),
+            Images(),
+            [4.0],
+            teacher=other,
+            weight_lr=lr,
+            on_step=lambda step, seen=seen: seen.append(step.loss),
+            accelerator=Accelerator(cpu=True),
+        )
+        losses[lr] = sum(seen[-10:]) / 10
+    assert losses[3e-3] < 0.5 * losses[0.0]
 
 
 def test_paper_search_moves_and_meets_its_budget(planted):
