@@ -49,6 +49,9 @@ class QuantizedLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.enabled and self.input_quantizer is not None:
             x = self.input_quantizer(x)
+            if self.input_quantizer.compact and torch.is_grad_enabled():
+                with self.input_quantizer.saved_as_codes(x):
+                    return self.compute(x, self.quantized_weight())
         return self.compute(x, self.quantized_weight())
 
     def compute(self, x: Tensor, weight: Tensor) -> Tensor:

@@ -4,6 +4,8 @@ The paper says only that activations have one bitwidth; the learned step is our 
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -27,15 +29,15 @@ class _LearnedStep(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, step: Tensor, low: int, high: int, factor: float) -> Tensor:
+    def forward(ctx, x: Tensor, step: Tensor, low: int, high: int, factor: float, compact: bool) -> Tensor:
         y = _fake_quantize(x, step, low, high)
-        ctx.save_for_backward(x, y, step)
+        ctx.save_for_backward(x, step, None if compact else y)
         ctx.range, ctx.factor = (low, high), factor
         return y
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        x, y, step = ctx.saved_tensors
+        x, step, y = ctx.saved_tensors
         low, high = ctx.range
         if x.device.type == "cpu":
             # One fused pass; it needs plain numbers, which would make a GPU wait.
@@ -45,8 +47,9 @@ class _LearnedStep(torch.autograd.Function):
             dx = grad * ((x > (low - 0.5) * step) & (x < (high + 0.5) * step))
         dstep = None
         if ctx.needs_input_grad[1]:
+            y = _fake_quantize(x, step, low, high) if y is None else y
             dstep = (_dot(grad, y) - _dot(dx, x)) / step * ctx.factor
-        return dx, dstep, None, None, None
+        return dx, dstep, None, None, None, None
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
@@ -99,6 +102,8 @@ class ActivationQuantizer(nn.Module):
         self.register_buffer("signed", torch.zeros((), dtype=torch.uint8))
         # The integer range, read from the state once: asking a tensor for its value at each step would make a GPU wait.
         self._range: tuple[int, int] | None = None
+        # Whether quantized activations wait for the backward pass as codes of a byte; see `saved_as_codes`.
+        self.compact = False
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}, range={self._range or 'not fitted yet'}"
@@ -137,10 +142,32 @@ class ActivationQuantizer(nn.Module):
         low, high = self.range
         dtype, x = x.dtype, x.float()
         if torch.is_grad_enabled() and (x.requires_grad or self.step.requires_grad):
-            y = _LearnedStep.apply(x, self.step, low, high, 1 / math.sqrt(x.numel() * high))
+            y = _LearnedStep.apply(x, self.step, low, high, 1 / math.sqrt(x.numel() * high), self.compact)
         else:
             y = _fake_quantize(x, self.step, low, high)
         return y.to(dtype)
+
+    @contextmanager
+    def saved_as_codes(self, y: Tensor) -> Iterator[None]:
+        """Inside, operations keep their input `y`, an output of this quantizer, as a byte a value instead of four.
+
+        Exact: a quantized activation is its integer times the step, and is made from both again. It spares most of the
+        memory that quantized training takes beside float training, for about a sixth more time.
+        """
+        low, _ = self.range
+        # The hooks live until the backward pass, so they must not hold `y` itself.
+        step, place, shape, dtype = self.step.detach(), y.data_ptr(), y.shape, y.dtype
+
+        def pack(saved: Tensor) -> Tensor | tuple[Tensor]:
+            if saved.data_ptr() != place or saved.shape != shape:
+                return saved
+            return (torch.mul(saved.float(), 1 / step).round_().sub_(low).to(torch.uint8),)
+
+        def unpack(saved: Tensor | tuple[Tensor]) -> Tensor:
+            return saved if isinstance(saved, Tensor) else saved[0].float().add_(low).mul_(step).to(dtype)
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            yield
 
     def integers(self, x: Tensor) -> Tensor:
         """The integers (float, shape of `x`) behind the quantized activations."""

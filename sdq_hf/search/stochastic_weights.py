@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..layers import QuantizedLayer, quantized_layers
 from ..modeling_sdq import SDQForImageClassification
+from ..quantizers import ActivationQuantizer
 from ..quantizers.stochastic import stochastic_choice
 from ..quantizers.weight import best_scale, fake_quantize
 
@@ -98,6 +99,7 @@ def searching(model: nn.Module, trained: bool = False) -> Iterator[list[nn.Param
     modes = {module: module.training for module in model.modules()}
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     momenta = {norm: norm.momentum for norm in norms}
+    quantizers = [m for m in model.modules() if isinstance(m, ActivationQuantizer)]
     kept = norms if not trained else [model]
     state = [{key: value.clone() for key, value in module.state_dict().items()} for module in kept]
     try:
@@ -106,6 +108,8 @@ def searching(model: nn.Module, trained: bool = False) -> Iterator[list[nn.Param
         model.eval()
         for norm in norms:
             norm.training, norm.momentum = True, 0.0
+        for quantizer in quantizers:
+            quantizer.compact = True
         yield [parameter for parameter in flags if parameter.requires_grad]
     finally:
         for parameter, flag in flags.items():
@@ -115,5 +119,7 @@ def searching(model: nn.Module, trained: bool = False) -> Iterator[list[nn.Param
             module.training = mode
         for norm, momentum in momenta.items():
             norm.momentum = momentum
+        for quantizer in quantizers:
+            quantizer.compact = False
         for module, values in zip(kept, state, strict=True):
             module.load_state_dict(values)

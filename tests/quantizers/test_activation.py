@@ -1,4 +1,5 @@
 import math
+import weakref
 
 import pytest
 import torch
@@ -90,3 +91,33 @@ def test_numbers_are_those_of_torchs_own_fake_quantization(signed, bits):
     low, high = activation_range(bits, signed)
     expected = torch.fake_quantize_per_tensor_affine(x, step, torch.zeros((), dtype=torch.int32), low, high)
     assert torch.equal(_fake_quantize(x, step, low, high), expected)
+
+
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_activations_kept_as_codes_give_the_same_gradients(signed, dtype):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 6, 9, 9, generator=generator).to(dtype)
+    x = x if signed else x.relu()
+    quantizer, conv = ActivationQuantizer(4), torch.nn.Conv2d(6, 5, 3).to(dtype)
+    quantizer.fit(x.float())
+    found = []
+    for compact in (False, True):
+        quantizer.compact = compact
+        conv.zero_grad()
+        quantizer.zero_grad()
+        leaf = x.clone().requires_grad_()
+        y = quantizer(leaf)
+        if compact:
+            with quantizer.saved_as_codes(y):
+                z = conv(y)
+        else:
+            z = conv(y)
+        alive = weakref.ref(y)
+        del y
+        # Only the codes wait for the backward pass, not the quantized activation.
+        assert (alive() is None) == compact
+        z.float().square().sum().backward()
+        found.append([leaf.grad, conv.weight.grad.clone(), quantizer.step.grad.clone()])
+    for plain, small in zip(*found, strict=True):
+        assert torch.equal(plain, small)
