@@ -50,7 +50,11 @@ def run_stages(arguments: Arguments) -> int:
                         report(run, entries)
             run.accelerator.end_training()
         except Interrupted:
-            print(f"Stopped; a checkpoint is in {arguments.run.output_dir}. Add --resume to go on.", file=sys.stderr)
+            folder = arguments.run.output_dir
+            print(
+                f"Stopped; a checkpoint is in {folder}. The same command and --resume go on from there.",
+                file=sys.stderr,
+            )
             return 130
     return 0
 
