@@ -298,8 +298,8 @@ class SDQForImageClassification(PreTrainedModel):
 
     # Saving ------------------------------------------------------------------------------------------------------
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
-        """Save for use: weights packed at their bits, config.json with the strategy. Prints the size.
+    def save_pretrained(self, save_directory: str | os.PathLike, print_size: bool = True, **kwargs: Any) -> None:
+        """Save for use: weights packed at their bits, config.json with the strategy. Prints the size (`size_report`).
 
         Activation steps must be fitted (`calibrate`, or any forward pass), else `ValueError` names the layer.
         """
@@ -312,14 +312,15 @@ class SDQForImageClassification(PreTrainedModel):
         self.config.quantization_config = quantization_config
         self.hf_quantizer = SDQHfQuantizer(quantization_config)
         super().save_pretrained(save_directory, **kwargs)
-        size = sum(
-            os.path.getsize(os.path.join(save_directory, f))
-            for f in os.listdir(save_directory)
-            if f.endswith(".safetensors")
-        )
+        if print_size:
+            print(self.size_report(save_directory))
+
+    def size_report(self, folder: str | os.PathLike) -> str:
+        """One line: how large the packed weights in `folder` are, beside float32."""
+        size = sum(os.path.getsize(os.path.join(folder, f)) for f in os.listdir(folder) if f.endswith(".safetensors"))
         float_bytes = 4 * sum(p.numel() for p in self.parameters())
-        print(
-            f"Saved {save_directory}: {size / 1e3:,.1f} kB packed ({self.strategy.average_bits():.2f} average bits), "
+        return (
+            f"Saved {folder}: {size / 1e3:,.1f} kB packed ({self.strategy.average_bits():.2f} average bits), "
             f"{float_bytes / size:.1f}x smaller than {float_bytes / 1e3:,.1f} kB in float32."
         )
 

@@ -31,7 +31,7 @@ class FitState:
     """How far a training is. Written beside Accelerate's state, so a resumed run goes on where this one stopped."""
 
     update: int = 0
-    best_top1: float = -1.0
+    best: float | None = None
     best_epoch: int = -1
     seconds: float = 0.0
     history: list[dict[str, float]] = field(default_factory=list)
@@ -49,6 +49,7 @@ def fit(
     resume: bool = False,
     model_ema: bool = False,
     model_ema_decay: float = 0.998,
+    eval_metric: str = "top1",
     save_every: int = 1,
     interrupt: Interrupt | None = None,
     note: Callable[[], dict[str, float]] | None = None,
@@ -59,6 +60,7 @@ def fit(
         loss_function: `(model, images, labels, progress)` -> 0-d loss.
         loaders: "train" and "validation", prepared by `accelerator`; batches have pixel_values and labels.
         checkpoint_dir: the training state is kept here while the training lasts. With `resume` it goes on from there.
+        eval_metric: what "best" means on validation: top1 or top5 (higher), or loss (lower).
         note: more numbers for the progress bar, e.g. average bits.
     """
     interrupt = interrupt or Interrupt()
@@ -107,8 +109,9 @@ def fit(
         evaluated = ema.module if ema is not None else wrapped
         metrics = evaluate(evaluated, loaders["validation"], accelerator)
         epoch += 1
-        if metrics["top1"] > state.best_top1:
-            state.best_top1, state.best_epoch = metrics["top1"], epoch
+        score = -metrics["loss"] if eval_metric == "loss" else metrics[eval_metric]
+        if state.best is None or score > state.best:
+            state.best, state.best_epoch = score, epoch
             _write_best(accelerator, ema.module if ema is not None else model, best)
         row = {"epoch": epoch, "train_loss": progress.mean_loss, **{f"validation_{k}": v for k, v in metrics.items()}}
         state.history.append(row)

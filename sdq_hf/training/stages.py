@@ -363,6 +363,7 @@ class Run:
             resume=self.arguments.run.resume,
             model_ema=options.model_ema,
             model_ema_decay=options.model_ema_decay,
+            eval_metric=options.eval_metric,
             interrupt=self.interrupt,
             note=lambda: {"bits": average},
         )
@@ -372,10 +373,11 @@ class Run:
             folder = self.folder / "models" / name
             beside = folder.with_name(f".{name}.new")
             _remove(beside)
-            model.eval().save_pretrained(beside)
+            model.eval().save_pretrained(beside, print_size=False)
             _check_reloaded(model, beside, next(iter(loaders["validation"]))["pixel_values"])
             _remove(folder)
             os.replace(beside, folder)
+            print(f"{model.size_report(folder)} Loaded back: logits are bit-identical.", flush=True)
             write_json(
                 record,
                 {
@@ -501,7 +503,6 @@ def _check_reloaded(model: SDQForImageClassification, folder: Path, images: Tens
         same = torch.equal(loaded(images).logits, model(images).logits)
     if not same:
         raise RuntimeError(f"{folder}: the loaded model's logits differ from those of the model that was saved.")
-    print("Loaded back: logits are bit-identical.", flush=True)
 
 
 def write_json(path: Path, data: Any) -> None:

@@ -81,23 +81,27 @@ def same(model, state, **kwargs):
         torch.testing.assert_close(value, state[key], **kwargs)
 
 
-def best_epoch(states):
-    """Index of the first state with the best validation accuracy."""
+def best_epoch(states, metric):
+    """Index of the first state with the best validation accuracy or loss."""
     data, model = Rows(20, seed=1), network()
     scores = []
     for state in states:
         model.load_state_dict(state)
-        scores.append((model(data.x).argmax(1) == data.y).sum().item())
+        if metric == "loss":
+            scores.append(-F.cross_entropy(model(data.x), data.y).item())
+        else:
+            scores.append((model(data.x).argmax(1) == data.y).sum().item())
     return scores.index(max(scores))
 
 
+@pytest.mark.parametrize("metric", ["top1", "loss"])
 @pytest.mark.parametrize("clip", [0.0, 0.05])
-def test_fit_is_the_plain_loop_and_ends_with_its_best_epoch(tmp_path, clip):
+def test_fit_is_the_plain_loop_and_ends_with_its_best_epoch(tmp_path, clip, metric):
     accelerator, model = Accelerator(cpu=True), network()
     recipe = OptimizerArguments(**{**vars(RECIPE), "clip_grad": clip})
-    state = fit(model, cross_entropy, loaders(accelerator), recipe, accelerator, tmp_path)
+    state = fit(model, cross_entropy, loaders(accelerator), recipe, accelerator, tmp_path, eval_metric=metric)
     expected = plain_loop(clip=clip)[4::5]
-    best = best_epoch(expected)
+    best = best_epoch(expected, metric)
     assert (state.update, state.best_epoch) == (15, best + 1)
     same(model, expected[best])
     assert [row["epoch"] for row in state.history] == [1, 2, 3]
