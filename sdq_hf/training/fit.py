@@ -79,10 +79,11 @@ def fit(
     epoch, started = state.update // per_epoch, time.perf_counter() - state.seconds
     progress = Progress(accelerator, name, options.epochs, len(train), train.total_batch_size)
     while epoch < options.epochs:
-        if hasattr(train, "set_epoch"):
-            train.set_epoch(epoch)
         done = state.update - epoch * per_epoch
         batches = skip_first_batches(train, done * accelerator.gradient_accumulation_steps) if done else train
+        if hasattr(batches, "set_epoch"):
+            # The loader that skips is a new one, which older versions of Accelerate let start at epoch 0.
+            batches.set_epoch(epoch)
         progress.start(epoch, done)
         wrapped.train()
         for batch in batches:
