@@ -15,6 +15,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from accelerate.state import AcceleratorState, GradientState
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
 from safetensors.torch import load_file
@@ -33,6 +34,16 @@ def load_script():
 
 
 main = load_script().main
+
+
+@pytest.fixture(autouse=True)
+def _new_process():
+    """Accelerate keeps the precision of a process's first run; each run here is to be one in a process of its own."""
+    for state in (AcceleratorState, GradientState):
+        state._reset_state()
+    yield
+    for state in (AcceleratorState, GradientState):
+        state._reset_state()
 
 
 def pictures(count, seed):
