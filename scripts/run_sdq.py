@@ -49,7 +49,7 @@ def run_stages(arguments: Arguments) -> int:
                     if last != "finetune":
                         report(run, entries)
             run.accelerator.end_training()
-        except Interrupted:
+        except (Interrupted, KeyboardInterrupt):
             folder = arguments.run.output_dir
             print(
                 f"Stopped; a checkpoint is in {folder}. The same command and --resume go on from there.",

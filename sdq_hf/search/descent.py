@@ -58,6 +58,11 @@ class Descent:
         elif start_bits not in self.candidates:
             raise ValueError(f"start_bits must be one of the candidates {self.candidates}, got {start_bits}.")
         self.start: Bits = {name: max(start_bits, self.floor[name]) for name in self.names}
+        if self.total(self.start) < max(self.budgets) - cost.tolerance(max(self.budgets)):
+            raise BudgetError(
+                f"start_bits {start_bits} is below the budget of {max(self.budgets):g} {cost.unit}: bits only fall, so the "
+                f"search must start above it, at {self._default_start()} for example."
+            )
         self._strategy = strategy
         self.bits: Bits = dict(self.start)
         # Estimated damage of the step that led down to a rung: what raising the layer again would win back.

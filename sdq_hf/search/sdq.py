@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -15,8 +16,8 @@ from torch import Tensor, nn
 from ..costs import get_cost
 from ..modeling_sdq import SDQForImageClassification
 from ..strategy import Strategy
-from ..training.optim import OptimizerArguments, create_optimizer
-from .descent import Descent
+from ..training.optim import OptimizerArguments, PositiveScales, create_optimizer
+from .descent import BudgetError, Descent
 from .errors import quantization_errors
 from .stochastic_weights import StochasticWeights, searching
 from .updates import Paper, TwoSided
@@ -98,7 +99,7 @@ def search(
         floors: pattern of layer names -> fewest bits.
         weight_lr: learning rate (AdamW) at which the weights follow the search, as in the paper's first phase, so that
             damage is measured in a network that has adapted to its bits; 0 keeps them frozen.
-        max_batches: gives up after so many, with a `RuntimeError` that says how far it came.
+        max_batches: gives up after so many, with a `BudgetError` that says how far it came.
         log: is filled with estimates and moves. on_step: is called after each batch.
         accelerator: of a distributed or mixed-precision run; gradients to the DBPs are averaged over its ranks.
         resume_from: a `SearchState.state_dict()` of an interrupted search with the same arguments.
@@ -193,18 +194,21 @@ def _descend(
     on_step: Callable[[SearchState], None] | None,
     resume_from: Mapping[str, Any] | None,
 ) -> list[Strategy]:
-    before = model.strategy
     step = 0
     if resume_from is not None:
         step = resume_from["batch"]
         descent.load_state_dict(resume_from["descent"])
         update.load_state_dict(resume_from["update"])
         log.moves, log.estimates = list(resume_from["moves"]), list(resume_from["estimates"])
-    else:
-        model.set_strategy(before.with_bits(descent.start))
-        if not model.is_calibrated():
-            model.calibrate(data)
-        model.set_strategy(before)
+    elif not model.is_calibrated():
+        # On a copy: changing the bits of a model fits its scales anew.
+        probe = copy.deepcopy(model)
+        probe.set_strategy(model.strategy.with_bits(descent.start))
+        probe.calibrate(data)
+        pairs = zip(model.quantized_layers().values(), probe.quantized_layers().values(), strict=True)
+        for layer, fitted in pairs:
+            if layer.input_quantizer is not None and fitted.input_quantizer is not None:
+                layer.input_quantizer.load_state_dict(fitted.input_quantizer.state_dict())
     teacher = _float_copy(model) if teacher is None else teacher
     weights = StochasticWeights(model, trained=weight_lr > 0)
     # Gradients of half precision underflow unless the loss is scaled; what comes out is scaled back.
@@ -235,7 +239,7 @@ def _descend(
             batches = endless(data, start=step)
             while not descent.done:
                 if step >= max_batches:
-                    raise RuntimeError(
+                    raise BudgetError(
                         f"The search reached {descent.total():.4g} {descent.cost.unit} in {max_batches} batches, and its "
                         f"budget of {min(descent.budgets):g} was not met. Raise max_batches, or cost_weight or lr of "
                         "the paper's method."
@@ -248,8 +252,9 @@ def _descend(
                 names, gradients = weights.gradients()
                 gradients = cast(Tensor, accelerator.reduce(gradients / scale, reduction="mean"))
                 values = dict.fromkeys(descent.names, 0.0) | dict(zip(names, gradients.tolist(), strict=True))
-                training.step()
-                update.observe(values, drawn)
+                # Half precision can overflow: such a batch tells nothing.
+                if training.step() and math.isfinite(sum(values.values())):
+                    update.observe(values, drawn)
                 move = update.next_move()
                 if move is not None:
                     _move(descent, log, step, move.layer, move.damage, move.error)
@@ -286,17 +291,24 @@ class _Training:
     ):
         self.model, self.parameters, self.accelerator, self.scale = model, parameters, accelerator, scale
         self.optimizer = create_optimizer(model, OptimizerArguments(lr=lr, weight_decay=0.0)) if parameters else None
+        self.scales = PositiveScales(model)
 
-    def step(self) -> None:
+    def step(self) -> bool:
+        """Update the weights; False, and nothing is changed, where a gradient is not finite."""
         if self.optimizer is None:
-            return
+            return True
         used = [parameter for parameter in self.parameters if parameter.grad is not None]
         flat = torch.cat([cast(Tensor, parameter.grad).reshape(-1) for parameter in used]) / self.scale
         flat = cast(Tensor, self.accelerator.reduce(flat, reduction="mean"))
+        if self.scale != 1 and not flat.isfinite().all():
+            self.optimizer.zero_grad()
+            return False
         for parameter, grad in zip(used, flat.split([p.numel() for p in used]), strict=True):
             parameter.grad = grad.view(parameter.shape)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self.scales.keep()
+        return True
 
     def tensors(self) -> dict[str, Tensor]:
         """Copies of the model's and the optimizer's tensors."""

@@ -59,6 +59,8 @@ class DataArguments:
     label_smoothing: float = _option(0.0, "Label smoothing of the teacher's training.")
     batch_size: int = _option(128, "Images per batch and process.")
     workers: int = _option(0, "Processes that load images.")
+    prefetch_factor: int | None = _option(None, "Batches that each worker loads ahead; default: 2.")
+    pin_memory: bool | None = _option(None, "Load into pinned memory; default: where there is a GPU.")
 
 
 @dataclass
@@ -114,7 +116,7 @@ class RunArguments:
     )
     resume: bool = _option(False, "Go on where the run in output_dir stopped.")
     seed: int = _option(0, "Of weights, data order, augmentation and draws.")
-    mixed_precision: Literal["no", "fp16", "bf16"] = _option("no", "As in Accelerate.")
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = _option(None, "Default: as Accelerate was launched.")
     gradient_accumulation_steps: int = _option(1, "Batches per update.")
     cpu: bool = _option(False, "Stay on the CPU where there is a GPU.")
     report_to: list[str] = _option([], "Trackers of Accelerate: tensorboard, trackio, wandb.")
@@ -228,6 +230,8 @@ def _check(arguments: Arguments) -> None:
     for name, value in positive.items():
         if value is not None and value <= 0:
             raise ArgumentError(f"--{name} must be above 0, got {value}")
+    if (data.mixup > 0 or data.cutmix > 0) and (data.batch_size % 2 or (teacher.teacher_batch_size or 0) % 2):
+        raise ArgumentError(f"--mixup and --cutmix need an even --batch_size, got {data.batch_size}")
     not_negative = {
         "teacher_epochs": teacher.teacher_epochs,
         "workers": data.workers,
@@ -244,6 +248,12 @@ def _check(arguments: Arguments) -> None:
     for name, value in not_negative.items():
         if value is not None and value < 0:
             raise ArgumentError(f"--{name} must be 0 or more, got {value}")
+    for option, file in (
+        ("checkpoint", arguments.model.checkpoint),
+        ("kd_teacher_checkpoint", tune.kd_teacher_checkpoint),
+    ):
+        if file is not None and not Path(file).is_file():
+            raise ArgumentError(f"--{option} {file} is no file")
     try:
         check_names(tune)
     except ValueError as error:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .evaluation import evaluate
 from .interrupt import Interrupt
-from .optim import OptimizerArguments, create_optimizer, create_scheduler
+from .optim import OptimizerArguments, PositiveScales, create_optimizer, create_scheduler
 from .progress import Progress
 
 # (images, labels, progress of the training from 0 to 1) -> loss
@@ -70,7 +70,7 @@ def fit(
     scheduler = create_scheduler(optimizer, options, per_epoch)
     wrapped, prepared = accelerator.prepare(model, optimizer)
     ema = ModelEmaV3(model, decay=model_ema_decay, use_warmup=True) if model_ema else None
-    state = FitState()
+    state, scales = FitState(), PositiveScales(model)
     best = checkpoint_dir / "best.safetensors"
     checkpoint = _Checkpoint(accelerator, checkpoint_dir / "checkpoint", wrapped, prepared, ema)
     if resume and checkpoint.exists():
@@ -79,6 +79,8 @@ def fit(
     epoch, started = state.update // per_epoch, time.perf_counter() - state.seconds
     progress = Progress(accelerator, name, options.epochs, len(train), train.total_batch_size)
     while epoch < options.epochs:
+        if hasattr(train, "set_epoch"):
+            train.set_epoch(epoch)
         done = state.update - epoch * per_epoch
         batches = skip_first_batches(train, done * accelerator.gradient_accumulation_steps) if done else train
         if hasattr(batches, "set_epoch"):
@@ -96,6 +98,7 @@ def fit(
                 if accelerator.sync_gradients and options.clip_grad > 0:
                     accelerator.clip_grad_norm_(wrapped.parameters(), options.clip_grad)
                 prepared.step()
+                scales.keep()
                 prepared.zero_grad()
             progress.batch(loss, len(batch["labels"]), note() if note else {})
             if not accelerator.sync_gradients:
@@ -103,7 +106,8 @@ def fit(
             state.update += 1
             if ema is not None:
                 ema.update(accelerator.unwrap_model(wrapped), step=state.update)
-            if interrupt.requested(accelerator):
+            # After an epoch's last update its validation comes first, so that a resumed run does not miss it.
+            if state.update % per_epoch and interrupt.requested(accelerator):
                 state.seconds = time.perf_counter() - started
                 checkpoint.save(state)
                 interrupt.stop()
@@ -119,8 +123,11 @@ def fit(
         accelerator.log({f"{name}/{key}": value for key, value in row.items()}, step=state.update)
         progress.finish(metrics)
         state.seconds = time.perf_counter() - started
-        if epoch % save_every == 0 and epoch < options.epochs:
+        stop = interrupt.requested(accelerator)
+        if stop or (epoch % save_every == 0 and epoch < options.epochs):
             checkpoint.save(state)
+        if stop:
+            interrupt.stop()
     accelerator.wait_for_everyone()
     # Takes off the wrapper that makes every forward pass one in mixed precision: what is published computes in float32.
     accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)

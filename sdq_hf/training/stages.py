@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast, set_seed
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -45,8 +45,10 @@ _LEFT_BY = {
     "finetune": ["finetune", "models"],
     "evaluate": ["results.json", "plots"],
 }
+# What shows that a stage has been run.
+_RESULT_OF = {"teacher": "teacher/model.safetensors", "search": "search/strategies.json", "finetune": "models"}
 # Options that may differ when a run is resumed.
-_FREE = {"stage", "resume", "output_dir", "report_to", "workers", "cpu"}
+_FREE = {"stage", "resume", "output_dir", "report_to", "workers", "prefetch_factor", "pin_memory", "cpu"}
 
 
 class Run:
@@ -73,7 +75,23 @@ class Run:
         for cost, budgets in self._budgets().items():
             Descent(self.base.strategy, get_cost(cost), budgets, self.base.config.candidates, search.start_bits, floors)
         if teacher is not None:
-            create_backbone(teacher, pretrained=False, num_classes=len(self.data.label_names), **self.model_args)
+            network = create_backbone(
+                teacher, pretrained=False, num_classes=len(self.data.label_names), **self.model_args
+            )
+            if self.arguments.finetune.kd_teacher_checkpoint is None and not self._fits_data(network):
+                raise ArgumentError(
+                    f"--kd_teacher {teacher}: its pretrained weights are for other classes than those of the data, so it "
+                    "has nothing to teach: train it on them and give --kd_teacher_checkpoint"
+                )
+        if not len(self.loaders()["train"]):
+            raise ArgumentError(
+                f"The training split has fewer batches of {self.arguments.data.batch_size} than processes"
+            )
+
+    def _fits_data(self, network: nn.Module) -> bool:
+        """Whether timm's pretrained weights of `network` have a head for the classes of the data."""
+        config: Any = getattr(network, "pretrained_cfg", None) or {}
+        return config.get("num_classes") == len(self.data.label_names)
 
     def _budgets(self) -> dict[str, list[float]]:
         """Cost -> budgets in its unit, of the costs that the options name budgets in."""
@@ -94,8 +112,16 @@ class Run:
                 raise ArgumentError(
                     f"--output_dir {self.folder} holds no run to go on with: start one without --resume"
                 )
+            before = json.loads(path.read_text())
             if run.resume:
-                _check_same(json.loads(path.read_text()), options)
+                _check_same(before, options)
+            else:
+                # A single stage builds on the data split and the network of those before it.
+                shared = {**vars(self.arguments.model), **vars(self.arguments.data), "seed": run.seed}
+                _check_same(before, shared)
+                for stage in STAGES[: STAGES.index(run.stage)]:
+                    if not (self.folder / _RESULT_OF[stage]).exists():
+                        raise self._missing(stage)
         elif self.folder.exists() and not path.exists() and any(self.folder.iterdir()):
             raise ArgumentError(
                 f"--output_dir {self.folder} is not empty and holds no earlier run: choose another folder"
@@ -109,8 +135,21 @@ class Run:
                 for stage in STAGES[first:]:
                     for name in _LEFT_BY[stage]:
                         _remove(self.folder / name)
-            write_json(self.folder / "arguments.json", self.arguments.to_dict())
+            options = self.arguments.to_dict()
+            if not run.resume and run.stage not in ("all", "teacher"):
+                # What earlier stages were run with stays on record.
+                before = json.loads((self.folder / "arguments.json").read_text())
+                options = {**options, **{k: v for k, v in before.items() if k not in self._own_options()}}
+            write_json(self.folder / "arguments.json", options)
         self.accelerator.wait_for_everyone()
+        if run.report_to:
+            self.accelerator.init_trackers("sdq", config={k: str(v) for k, v in self.arguments.to_dict().items()})
+
+    def _own_options(self) -> set[str]:
+        """Options that belong to the one stage that is run."""
+        arguments = self.arguments
+        own = {"search": arguments.search, "finetune": arguments.finetune}.get(arguments.run.stage)
+        return {*_FREE, *(vars(own) if own is not None else ())}
 
     def _missing(self, stage: str) -> ArgumentError:
         return ArgumentError(f"--output_dir {self.folder} has no result of the stage {stage!r}: run that stage first")
@@ -158,6 +197,8 @@ class Run:
                 img_size=data.img_size,
                 aug=data.aug,
                 num_workers=data.workers,
+                prefetch_factor=data.prefetch_factor,
+                pin_memory=data.pin_memory,
                 seed=self.arguments.run.seed,
             )
             self._loaders[size] = {name: self.accelerator.prepare(loader) for name, loader in loaders.items()}
@@ -177,7 +218,11 @@ class Run:
         options, data = self.arguments.teacher, self.arguments.data
         epochs = options.teacher_epochs
         if epochs is None:
-            epochs = 0 if self.arguments.model.pretrained or self.arguments.model.checkpoint else 30
+            # timm gives a pretrained network a new, random head where the classes differ: that one must be trained.
+            given = self.arguments.model.checkpoint or (
+                self.arguments.model.pretrained and self._fits_data(self.network)
+            )
+            epochs = 0 if given else 30
         started, loaders = time.perf_counter(), self.loaders(options.teacher_batch_size)
         if epochs:
             mixup = build_mixup(data.mixup, data.cutmix, data.label_smoothing, len(self.data.label_names))
@@ -224,7 +269,7 @@ class Run:
         self.network.eval()
         self.base.load_float_state(state)
         self.base.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.base.calibrate(self.loaders()["calibration"])
+        self._calibrate(self.base)
 
     def search(self) -> list[dict[str, Any]]:
         """Find the strategies of all budgets, with SDQ and with the controls."""
@@ -278,7 +323,11 @@ class Run:
     ) -> tuple[list[Strategy], float, SearchLog]:
         options, run = self.arguments.search, self.arguments.run
         folder = self.folder / "search"
-        log, checkpoint = SearchLog(), _SearchCheckpoint(folder, name)
+        log, checkpoint, result = SearchLog(), _SearchCheckpoint(folder, name), folder / f"{name}.json"
+        if run.resume and result.exists():
+            kept = json.loads(result.read_text())
+            log.moves = kept["moves"]
+            return [Strategy.from_json(strategy) for strategy in kept["strategies"]], kept["seconds"], log
         state = checkpoint.load() if run.resume else None
         started = time.perf_counter() - (state["seconds"] if state else 0.0)
         progress = SearchProgress(self.accelerator, name, min(budgets), state["batch"] if state else 0)
@@ -289,6 +338,7 @@ class Run:
             if (stop or step.batch % 200 == 199) and self.accelerator.is_main_process:
                 checkpoint.save({**step.state_dict(), "seconds": time.perf_counter() - started})
             if stop:
+                self.accelerator.wait_for_everyone()
                 self.interrupt.stop()
 
         set_seed(run.seed)
@@ -317,7 +367,8 @@ class Run:
                 flush=True,
             )
         if self.accelerator.is_main_process:
-            write_json(folder / f"{name}.json", {"seconds": seconds, "budgets": budgets, **log.to_json()})
+            found = [strategy.to_json() for strategy in strategies]
+            write_json(result, {"seconds": seconds, "budgets": budgets, "strategies": found, **log.to_json()})
             checkpoint.remove()
         return strategies, seconds, log
 
@@ -336,7 +387,7 @@ class Run:
         set_seed(self.arguments.run.seed)
         model = self._quantize(self.network)
         model.set_strategy(strategy)
-        model.calibrate(loaders["calibration"])
+        self._calibrate(model)
         teacher = self._kd_teacher()
         mixup = build_mixup(data.mixup, data.cutmix, 0.0, len(self.data.label_names))
 
@@ -389,6 +440,13 @@ class Run:
             )
             _remove(checkpoint_dir)
         self.accelerator.wait_for_everyone()
+
+    def _calibrate(self, model: SDQForImageClassification) -> None:
+        """Fit activation steps to the main process's images; all ranks take its result."""
+        model.calibrate(self.loaders()["calibration"])
+        for layer in model.quantized_layers().values():
+            if layer.input_quantizer is not None:
+                layer.input_quantizer.load_state_dict(broadcast(dict(layer.input_quantizer.state_dict())))
 
     def _kd_teacher(self) -> nn.Module:
         options = self.arguments.finetune
@@ -458,8 +516,9 @@ def _accelerator(arguments: Arguments) -> Accelerator:
         )
     except ValueError as error:
         raise ArgumentError(str(error)) from None
-    if run.report_to:
-        accelerator.init_trackers("sdq", config={k: str(v) for k, v in arguments.to_dict().items()})
+    if len(accelerator.log_with) < len(run.report_to):
+        names = " ".join(run.report_to)
+        raise ArgumentError(f"--report_to {names}: not all of them are installed; pip install {names}")
     return accelerator
 
 

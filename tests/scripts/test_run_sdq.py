@@ -4,6 +4,7 @@ import importlib.util
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -169,8 +170,9 @@ class Stopper(io.StringIO):
 def test_a_run_stopped_in_each_stage_and_resumed_equals_the_one_that_was_not(data, finished, tmp_path, capsys):
     folder = tmp_path / "stopped"
     resume = {}
-    # The first stops inside the teacher's second epoch, the second in the search, the third in a fine-tune's second epoch.
-    for text in ("teacher: epoch 1/3", "teacher: epoch 3/3", "greedy-bits-3: epoch 1/2"):
+    # In the teacher's second epoch, the first search, the second search (the first is not done again), and between the two
+    # epochs of a fine-tune.
+    for text in ("teacher: epoch 1/3", "teacher: epoch 3/3", "greedy-bits: for", "greedy-bits-3: epoch 1/2"):
         with redirect_stdout(Stopper(text)):
             assert main(options(data, folder, **resume)) == 130
         assert "--resume" in capsys.readouterr().err
@@ -249,6 +251,10 @@ def test_two_processes_find_one_strategy_and_write_one_result(data, tmp_path):
         ({"floors": "layer7.*=2"}, "layer7"),
         ({"floors": "layer1"}, "PATTERN=BITS"),
         ({"kd_teacher": "resnot18"}, "resnet18"),
+        ({"kd_teacher": "resnet18"}, "nothing to teach"),
+        ({"checkpoint": "/nowhere.pth"}, "--checkpoint /nowhere.pth is no file"),
+        ({"start_bits": 2}, "start above it"),
+        ({"mixup": 0.2, "batch_size": 15}, "even --batch_size"),
         ({"batch_size": 0}, "--batch_size must be above 0"),
         ({"report_to": "wandbb"}, "did you mean 'wandb'"),
         ({"test_split": "tset"}, "tset"),
@@ -274,6 +280,19 @@ def test_resuming_with_other_options_is_refused_and_a_strange_folder_left_alone(
     (tmp_path / "thesis.txt").write_text("mine")
     assert main(options(data, tmp_path)) == 2
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_stage_with_another_network_or_without_its_predecessor_leaves_everything(data, finished, tmp_path, capsys):
+    folder = tmp_path / "copy"
+    shutil.copytree(finished[0], folder)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert main(options(data, folder, stage="evaluate", model="resnet14_cifar")) == 2
+    assert "--model was 'resnet8_cifar'" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    (folder / "search" / "strategies.json").unlink()
+    assert main(options(data, folder, stage="finetune")) == 2
+    assert "no result of the stage 'search'" in capsys.readouterr().err
+    assert (folder / "models" / "uniform-3").exists()
 
 
 def test_options_come_from_a_yaml_file_and_the_command_line_overrides_them(data, tmp_path, capsys):

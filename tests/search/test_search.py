@@ -64,6 +64,11 @@ def test_starts_at_six_or_above_every_budget():
     assert set(descent([2.0], candidates=[2, 4, 8]).start.values()) == {8}
 
 
+def test_a_start_below_the_budget_is_refused():
+    with pytest.raises(BudgetError, match="start above it"):
+        descent([3.0], start_bits=2)
+
+
 def test_running_mean_is_the_weighted_mean():
     values = torch.randn(30, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     mean = RunningMean(keep=0.9)

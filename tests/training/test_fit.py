@@ -14,7 +14,13 @@ from sdq_hf import SDQForImageClassification
 from sdq_hf.training.evaluation import evaluate
 from sdq_hf.training.fit import fit
 from sdq_hf.training.losses import distillation, kl_divergence, ramp, total_bin_regularization
-from sdq_hf.training.optim import OptimizerArguments, create_optimizer, create_scheduler, parameter_groups
+from sdq_hf.training.optim import (
+    OptimizerArguments,
+    PositiveScales,
+    create_optimizer,
+    create_scheduler,
+    parameter_groups,
+)
 
 BATCH, CLASSES = 8, 3
 
@@ -154,6 +160,21 @@ def test_scales_and_norms_are_not_decayed_and_scales_have_their_own_rate(quantiz
     optimizer = create_optimizer(quantized, OptimizerArguments(opt="adamw", lr=0.1, weight_decay=0.3, scale_lr=0.05))
     assert sorted({g["weight_decay"] for g in optimizer.param_groups}) == [0.0, 0.3]
     assert sorted({round(g["lr"], 6) for g in optimizer.param_groups}) == [0.005, 0.1]
+
+
+def test_scales_stay_positive_whatever_the_optimizer_does(quantized):
+    model = copy.deepcopy(quantized)
+    guard = PositiveScales(model)
+    scales = {n: p for n, p in model.named_parameters() if n.endswith((".scale", ".step"))}
+    before = {n: p.item() for n, p in scales.items()}
+    with torch.no_grad():
+        for parameter in scales.values():
+            parameter.sub_(1.0)
+        scales["timm_model.fc.weight_quantizer.scale"].fill_(5.0)
+    guard.keep()
+    for name, parameter in scales.items():
+        expected = 5.0 if name == "timm_model.fc.weight_quantizer.scale" else max(before[name] - 1, 0.01 * before[name])
+        assert parameter.item() == pytest.approx(expected)
 
 
 def test_cosine_with_warm_up_keeps_the_ratio_of_the_rates(quantized):
