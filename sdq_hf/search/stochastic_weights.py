@@ -31,18 +31,23 @@ class _Pair:
         self._fixed: list[Tensor] | None = None
         if not trained:
             with torch.no_grad():
-                self._fixed = self._quantize(weight)
+                self._fixed = [self._quantize(weight, side) for side in range(len(self._bits))]
 
-    def _quantize(self, weight: Tensor) -> list[Tensor]:
-        pairs = zip(self._bits, self.scales, strict=True)
-        return [fake_quantize(weight.float(), self._form, self._grid, bits, scale) for bits, scale in pairs]
+    def _quantize(self, weight: Tensor, side: int) -> Tensor:
+        """The weights at the upper (side 0) or the lower bitwidth (side 1)."""
+        if self._fixed is not None:
+            return self._fixed[side]
+        return fake_quantize(weight.float(), self._form, self._grid, self._bits[side], self.scales[side])
 
     def weight(self, weight: Tensor) -> Tensor:
-        sides = self._fixed or self._quantize(weight)
-        if len(sides) == 1:
-            return sides[0]
-        upper, lower = sides
-        return stochastic_choice(self.gate, upper if self.use_upper else lower, (upper - lower).detach())
+        if len(self._bits) == 1:
+            return self._quantize(weight, 0)
+        drawn = 0 if self.use_upper else 1
+        chosen = self._quantize(weight, drawn)
+        with torch.no_grad():
+            other = self._quantize(weight, 1 - drawn)
+            difference = chosen - other if self.use_upper else other - chosen
+        return stochastic_choice(self.gate, chosen, difference)
 
 
 class StochasticWeights:
