@@ -47,4 +47,4 @@ test-lowest: .venv-lowest/installed  ## Run the tests with the oldest supported 
 	touch $@
 
 bench: .venv-bench/installed  ## Measure step times and memory beside Brevitas, about 15 minutes.
-	.venv-bench/bin/python scripts/bench.py --out docs/benchmarks/steps.json
+	.venv-bench/bin/python scripts/bench.py --threads 1 --rounds 7 --out docs/benchmarks/steps.json
