@@ -37,17 +37,10 @@ def run_stages(arguments: Arguments) -> int:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    last = arguments.run.stage
     with Interrupt() as interrupt:
         try:
             run = Run(arguments, interrupt)
-            run.teacher()
-            if last != "teacher":
-                entries = run.search()
-                if last != "search":
-                    run.finetune(entries)
-                    if last != "finetune":
-                        report(run, entries)
+            work(run, arguments.run.stage)
             run.accelerator.end_training()
         except (Interrupted, KeyboardInterrupt):
             folder = arguments.run.output_dir
@@ -57,6 +50,20 @@ def run_stages(arguments: Arguments) -> int:
             )
             return 130
     return 0
+
+
+def work(run: Run, last: str) -> None:
+    """The stages up to `last`, one after the other."""
+    run.teacher()
+    if last == "teacher":
+        return
+    entries = run.search()
+    if last == "search":
+        return
+    run.finetune(entries)
+    if last == "finetune":
+        return
+    report(run, entries)
 
 
 if __name__ == "__main__":

@@ -63,9 +63,9 @@ class SearchProgress:
         self._bar = tqdm(total=100, desc=name, unit="%", leave=False) if show else None
 
     def batch(self, number: int, images: int, loss: float, cost: float, average_bits: float) -> None:
-        """`number` counts batches from 0; `cost` is in the unit of the budget."""
+        """`number` batches are done; `cost` is in the unit of the budget."""
         now = time.perf_counter()
-        rate = self.accelerator.num_processes * images * (number + 1 - self.done) / (now - self._started)
+        rate = self.accelerator.num_processes * images * (number - self.done) / (now - self._started)
         if number % 10 == 0:
             self.accelerator.log(
                 {f"{self.name}/loss": loss, f"{self.name}/cost": cost, f"{self.name}/bits": average_bits}, step=number
@@ -79,7 +79,7 @@ class SearchProgress:
         elif now - self._printed > 10:
             self._printed = now
             self.accelerator.print(
-                f"{self.name}: batch {number + 1}, loss {loss:.4f}, {average_bits:.2f} average bits, {rate:,.0f} images/s",
+                f"{self.name}: batch {number}, loss {loss:.4f}, {average_bits:.2f} average bits, {rate:,.0f} images/s",
                 flush=True,
             )
 
