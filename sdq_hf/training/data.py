@@ -115,8 +115,14 @@ def load_image_data(
         if limit is not None and limit < len(splits[role]):
             splits[role] = splits[role].shuffle(seed=seed).select(range(limit))
     first = splits["train"][0][images]
-    channels = 1 if first.mode in ("1", "L", "I", "I;16", "F") else 3
-    return ImageData(splits, images, labels, label_names, channels, (first.height, first.width))
+    return ImageData(splits, images, labels, label_names, _channels(splits["train"], images), (first.height, first.width))
+
+
+def _channels(train: Dataset, images: str) -> int:
+    """1 when 64 images from all over the split are grey, else 3: a colour set may well hold a grey image here and there."""
+    places = range(0, len(train), max(1, len(train) // 64))
+    modes = {train[i][images].mode for i in places}
+    return 1 if modes <= {"1", "L", "I", "I;16", "F"} else 3
 
 
 def _open(dataset: str | None, data_dir: str | None, config_name: str | None, cache_dir: str | None) -> DatasetDict:

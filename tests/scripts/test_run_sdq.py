@@ -215,14 +215,50 @@ def test_mixed_precision_accumulation_and_moving_averages_still_publish_the_floa
     assert list(folder.rglob("*tfevents*"))
 
 
+def launch(arguments, script=SCRIPT, processes=2):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*launcher, str(script), *arguments], capture_output=True, text=True, check=False, env=environment
+    )
+
+
+def test_two_processes_resume_in_the_middle_of_an_epoch(data, tmp_path):
+    # A run in which the first process gets a Ctrl-C at its twelfth update, the third of its second epoch.
+    stopping = tmp_path / "stopping.py"
+    stopping.write_text(
+        f"""import signal, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_run_sdq import main
+from sdq_hf.training.interrupt import Interrupt
+asked, calls = Interrupt.requested, []
+def requested(self, accelerator):
+    calls.append(1)
+    if accelerator.is_main_process and len(calls) == 12:
+        signal.raise_signal(signal.SIGINT)
+    return asked(self, accelerator)
+Interrupt.requested = requested
+sys.exit(main(sys.argv[1:]))
+"""
+    )
+    common = {"stage": "teacher", "batch_size": 16, "teacher_batch_size": None}
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    done = launch(options(data, whole, **common))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert launch(options(data, stopped, **common), script=stopping).returncode != 0
+    assert not (stopped / "teacher" / "model.safetensors").exists()
+    fit = json.loads((stopped / "teacher" / "checkpoint" / "fit.json").read_text())
+    assert fit["update"] % 9 not in (0, 8)
+    done = launch(options(data, stopped, **common, resume="true"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "goes on from update" in done.stdout
+    files = [(folder / "teacher" / "model.safetensors").read_bytes() for folder in (whole, stopped)]
+    assert files[0] == files[1]
+
+
 def test_two_processes_find_one_strategy_and_write_one_result(data, tmp_path):
     folder = tmp_path / "run"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    arguments = options(data, folder, controls="none", batch_size=16, epochs=1, teacher_epochs=1)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*launcher, str(SCRIPT), *arguments], capture_output=True, text=True, check=False, env=environment
-    )
+    done = launch(options(data, folder, controls="none", batch_size=16, epochs=1, teacher_epochs=1))
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads((folder / "results.json").read_text())["processes"] == 2
     # Ranks that disagree about a step-down would hang or print twice.

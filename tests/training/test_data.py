@@ -445,6 +445,19 @@ def test_loaders_agree_with_timm_image_by_image(channels: int, cfg: dict[str, An
     assert labels.tolist() == data.splits["test"]["label"]
 
 
+def test_a_colour_set_may_begin_with_a_grey_image(tmp_path: Path) -> None:
+    source = make(40, channels=3)
+    pictures = [source[0]["image"].convert("L"), *source.select(range(1, 40))["image"]]
+    mixed = Dataset.from_dict({"image": pictures, "label": source["label"]}, features=source.features)
+    data = load_image_data(save(tmp_path / "data", train=mixed, validation=make(20), test=mixed), seed=1)
+    assert data.channels == 3
+    got = torch.cat([batch["pixel_values"] for batch in build_loaders(data, COLOUR, batch_size=16)["test"]])
+    transform = create_transform(
+        COLOUR["input_size"], mean=COLOUR["mean"], std=COLOUR["std"], interpolation="bilinear", crop_pct=1.0
+    )
+    torch.testing.assert_close(got, torch.stack([transform(p.convert("RGB")) for p in pictures]), rtol=0, atol=1e-6)
+
+
 @pytest.fixture
 def data(tmp_path: Path) -> Any:
     return load_image_data(save(tmp_path / "data", train=make(200), validation=make(40), test=make(30, seed=1)))
