@@ -115,7 +115,9 @@ def load_image_data(
         if limit is not None and limit < len(splits[role]):
             splits[role] = splits[role].shuffle(seed=seed).select(range(limit))
     first = splits["train"][0][images]
-    return ImageData(splits, images, labels, label_names, _channels(splits["train"], images), (first.height, first.width))
+    return ImageData(
+        splits, images, labels, label_names, _channels(splits["train"], images), (first.height, first.width)
+    )
 
 
 def _channels(train: Dataset, images: str) -> int:
