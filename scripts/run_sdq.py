@@ -6,7 +6,9 @@
 Stages: teacher (full precision), search (a strategy for each budget), finetune (knowledge distillation at fixed bits),
 evaluate (the test split, read once; table, results.json and plots). `--help` lists the options.
 
-Exit codes: 0 done; 2 wrong options or data, in one line; 130 stopped by Ctrl-C, with a checkpoint.
+With --push_to_hub --hub_model_id org/name the SDQ models are published at the end, each budget on a branch.
+
+Exit codes: 0 done; 1 done but not published; 2 wrong options or data, in one line; 130 stopped by Ctrl-C, with a checkpoint.
 """
 
 import logging
@@ -16,6 +18,7 @@ import warnings
 import datasets
 import transformers
 
+from sdq_hf.hub.publish import PublishError, check_access, publish_run
 from sdq_hf.training.arguments import Arguments, parse_arguments
 from sdq_hf.training.interrupt import Interrupt, Interrupted
 from sdq_hf.training.report import report
@@ -25,8 +28,12 @@ from sdq_hf.training.stages import Run
 def main(argv: list[str]) -> int:
     """Run with the options `argv`; returns the exit code."""
     try:
-        return run_stages(parse_arguments(argv))
-    except ValueError as error:
+        arguments = parse_arguments(argv)
+        if arguments.run.push_to_hub:
+            # A wrong token is better known before the training than after it.
+            check_access(str(arguments.run.hub_model_id))
+        return run_stages(arguments)
+    except (ValueError, PublishError) as error:
         # Wrong options, data and budgets are ValueErrors of ours, each with a message of one line.
         print(f"run_sdq.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -42,6 +49,7 @@ def run_stages(arguments: Arguments) -> int:
             run = Run(arguments, interrupt)
             work(run, arguments.run.stage)
             run.accelerator.end_training()
+            return publish(run) if arguments.run.stage in ("all", "evaluate") else 0
         except (Interrupted, KeyboardInterrupt):
             folder = arguments.run.output_dir
             print(
@@ -49,7 +57,6 @@ def run_stages(arguments: Arguments) -> int:
                 file=sys.stderr,
             )
             return 130
-    return 0
 
 
 def work(run: Run, last: str) -> None:
@@ -64,6 +71,24 @@ def work(run: Run, last: str) -> None:
     if last == "finetune":
         return
     report(run, entries)
+
+
+def publish(run: Run) -> int:
+    """Publish the SDQ models of a finished run, in the main process; gives the exit code."""
+    options = run.arguments.run
+    if not options.push_to_hub or not run.accelerator.is_main_process:
+        return 0
+    try:
+        found = publish_run(
+            run.folder, str(options.hub_model_id), license=options.hub_license, private=options.hub_private_repo
+        )
+    except PublishError as error:
+        print(f"run_sdq.py: {error}", file=sys.stderr)
+        print(f"Everything is in {run.folder}; publish it with: sdq-hf push {run.folder} {options.hub_model_id}")
+        return 1
+    for revision, address in found.items():
+        print(f"Published {revision}: {address}")
+    return 0
 
 
 if __name__ == "__main__":

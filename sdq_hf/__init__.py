@@ -5,15 +5,15 @@ timm. Training (`sdq_hf.training`), search (`sdq_hf.search`) and plots (`sdq_hf.
 """
 
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
-from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmWrapperImageProcessor
 
 from .configuration_sdq import SDQConfig
+from .image_processing_sdq import SDQImageProcessor
 from .modeling_sdq import SDQForImageClassification
 from .strategy import LayerBits, Strategy
 
-__all__ = ["LayerBits", "SDQConfig", "SDQForImageClassification", "Strategy"]
+__all__ = ["LayerBits", "SDQConfig", "SDQForImageClassification", "SDQImageProcessor", "Strategy"]
 __version__ = "0.1.0"
 
 AutoConfig.register("sdq", SDQConfig)
 AutoModelForImageClassification.register(SDQConfig, SDQForImageClassification)
-AutoImageProcessor.register(SDQConfig, image_processor_classes={"torchvision": TimmWrapperImageProcessor})
+AutoImageProcessor.register(SDQConfig, image_processor_classes={"torchvision": SDQImageProcessor})

@@ -1,6 +1,10 @@
 """SDQConfig: a timm backbone, its quantizers and its strategy."""
 
 import fnmatch
+import math
+import re
+import sys
+from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any
 
@@ -8,7 +12,7 @@ from transformers import PretrainedConfig
 
 from .quantizers.grids import GRIDS
 from .quantizers.weight import FORMS
-from .strategy import FLOAT_BITS, Strategy
+from .strategy import FLOAT_BITS, Strategy, short
 
 GRANULARITIES = ("layer",)
 
@@ -23,6 +27,7 @@ class SDQConfig(PretrainedConfig):
         num_labels, id2label, label2id: as in every transformers configuration.
         pretrained_cfg (`dict`, *optional*): timm's data configuration (`input_size`, `mean`, `std`, ...); the image
             processor reads it, and BitOPs are counted at its `input_size`.
+        base_model (`str`, *optional*): Hub id of the pretrained float model that this one was made from, for the card.
         candidates (`list[int]`): bitwidths a searchable layer can have, each 1 to 8, gaps allowed (`[2, 4, 8]`).
         granularity (`str`): what shares one bitwidth; "layer".
         weight_quantizer (`str`): "lsq", "dorefa" (the paper's form) or "entropy".
@@ -42,6 +47,7 @@ class SDQConfig(PretrainedConfig):
         architecture: str = "resnet18",
         model_args: dict[str, Any] | None = None,
         pretrained_cfg: dict[str, Any] | None = None,
+        base_model: str | None = None,
         candidates: list[int] | tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7, 8),
         granularity: str = "layer",
         weight_quantizer: str = "lsq",
@@ -53,37 +59,48 @@ class SDQConfig(PretrainedConfig):
         **kwargs,
     ):
         self.architecture = architecture
-        self.model_args = dict(model_args or {})
+        self.model_args = {} if model_args is None else model_args
         self.pretrained_cfg = pretrained_cfg
-        self.candidates = sorted(candidates) if isinstance(candidates, list | tuple | set) else candidates
+        self.base_model = base_model
+        self.candidates = candidates
         self.granularity = granularity
         self.weight_quantizer = weight_quantizer
         self.weight_grid = weight_grid
         self.activation_bits = activation_bits
         self.first_last_bits = first_last_bits
-        self.pins = dict(pins or {})
+        self.pins = {} if pins is None else pins
         self.strategy = strategy.to_json() if isinstance(strategy, Strategy) else strategy
+        # A file from the Hub is untrusted, so everything is looked at before transformers acts on it.
         self._validate()
+        _check_labels(kwargs)
+        _check_method(kwargs.get("quantization_config"))
+        self.model_args, self.pins = dict(self.model_args), dict(self.pins)
+        self.candidates = sorted(self.candidates)
         super().__init__(**kwargs)
 
     def _validate(self) -> None:
         _one_of("granularity", self.granularity, GRANULARITIES)
         _one_of("weight_quantizer", self.weight_quantizer, FORMS)
         _one_of("weight_grid", self.weight_grid, GRIDS)
-        if not isinstance(self.architecture, str) or not self.architecture:
-            raise ValueError(f"architecture must be a timm model name, got {self.architecture!r}.")
-        if not isinstance(self.candidates, list) or not self.candidates:
-            raise ValueError(f"candidates must be a list of bitwidths from 1 to 8, got {self.candidates!r}.")
+        _check_architecture(self.architecture)
+        if self.base_model is not None and not isinstance(self.base_model, str):
+            raise ValueError(f"base_model must be a Hub id, got {self.base_model!r}.")
+        if not isinstance(self.candidates, list | tuple | set) or not self.candidates:
+            raise ValueError(f"candidates must be a list of bitwidths from 1 to 8, got {short(self.candidates)}.")
         for bits in self.candidates:
             _check_bits("candidates", bits, float_allowed=False)
         if len(set(self.candidates)) != len(self.candidates):
-            raise ValueError(f"candidates must differ from each other, got {self.candidates}.")
+            raise ValueError(f"candidates must differ from each other, got {short(self.candidates)}.")
         _check_bits("activation_bits", self.activation_bits)
         _check_bits("first_last_bits", self.first_last_bits)
+        if not isinstance(self.pins, Mapping):
+            raise ValueError(f"pins must map patterns of layer names to bits, got {short(self.pins)}.")
         for pattern, bits in self.pins.items():
+            if not isinstance(pattern, str):
+                raise ValueError(f"pins must map patterns of layer names to bits, got the pattern {short(pattern)}.")
             _check_bits(f"pins[{pattern!r}]", bits)
-        if "num_classes" in self.model_args:
-            raise ValueError("model_args must not hold num_classes: set num_labels (or id2label) instead.")
+        _check_model_args(self.model_args)
+        _check_pretrained_cfg(self.pretrained_cfg)
         if self.strategy is not None:
             Strategy.from_json(self.strategy)
 
@@ -91,6 +108,10 @@ class SDQConfig(PretrainedConfig):
         """Weight bits that `pins` give layer `name`, None when no pattern matches."""
         matches = [bits for pattern, bits in self.pins.items() if fnmatch.fnmatchcase(name, pattern)]
         return matches[-1] if matches else None
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = None) -> None:
+        """Does nothing: the code is in the package, and no copy of it is to be saved with a model."""
 
     @property
     def input_size(self) -> tuple[int, int, int]:
@@ -100,15 +121,114 @@ class SDQConfig(PretrainedConfig):
 
 
 def _check_bits(field: str, bits: Any, float_allowed: bool = True) -> None:
-    valid = isinstance(bits, int) and not isinstance(bits, bool) and 1 <= bits <= 8
-    if not valid and not (float_allowed and bits == FLOAT_BITS):
+    valid = _is_whole(bits) and 1 <= bits <= 8
+    if not valid and not (float_allowed and _is_whole(bits) and bits == FLOAT_BITS):
         extra = f" (or {FLOAT_BITS} for float)" if float_allowed else ""
-        nearest = f"; the nearest is {min(8, max(1, round(bits)))}" if isinstance(bits, int | float) else ""
-        raise ValueError(f"{field} must be a whole number from 1 to 8{extra}, got {bits!r}{nearest}.")
+        number = isinstance(bits, int) or (isinstance(bits, float) and math.isfinite(bits))
+        nearest = f"; the nearest is {round(min(8, max(1, bits)))}" if number else ""
+        raise ValueError(f"{field} must be a whole number from 1 to 8{extra}, got {short(bits)}{nearest}.")
 
 
 def _one_of(field: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        near = get_close_matches(str(value), choices, n=1)
+        near = get_close_matches(str(value)[:100], choices, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{field} must be one of {', '.join(choices)}, got {value!r}.{hint}")
+        raise ValueError(f"{field} must be one of {', '.join(choices)}, got {short(value)}.{hint}")
+
+
+# What timm's create_model would act on beyond building the network: reading files, downloading, wrapping.
+_NOT_FOR_MODEL_ARGS = ("cache_dir", "checkpoint_path", "exportable", "features_only", "no_jit", "scriptable")
+# No network has a number of layers, a width or a side of its images above this; larger ones would only exhaust the machine.
+_LARGEST_ARGUMENT = 16384
+_LARGEST_HEAD = 1_000_000
+
+
+def _check_architecture(name: Any) -> None:
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"architecture must be a timm model name, got {short(name)}.")
+    if not re.fullmatch(r"[\w.-]{1,200}", name):
+        raise ValueError(
+            f"architecture must be a timm model name, such as 'resnet18', no path or address: {short(name)}."
+        )
+
+
+def _check_model_args(arguments: Any) -> None:
+    if not isinstance(arguments, Mapping):
+        raise ValueError(f"model_args must map names to values, got {short(arguments)}.")
+    if "num_classes" in arguments:
+        raise ValueError("model_args must not hold num_classes: set num_labels (or id2label) instead.")
+    for name, value in arguments.items():
+        if not isinstance(name, str) or name in _NOT_FOR_MODEL_ARGS or name.startswith("pretrained"):
+            raise ValueError(f"model_args must not hold {short(name)}: it does not describe the network.")
+        _check_plain(f"model_args[{name!r}]", value)
+
+
+def _check_plain(field: str, value: Any, depth: int = 0) -> None:
+    """JSON of a sane size: what config.json can hold, and no number that would ask for terabytes."""
+    if value is None or isinstance(value, bool) or (isinstance(value, str) and len(value) <= 200):
+        return
+    if isinstance(value, int | float):
+        if not abs(value) <= _LARGEST_ARGUMENT:
+            raise ValueError(f"{field} must be a number of at most {_LARGEST_ARGUMENT}, got {short(value)}.")
+        return
+    if isinstance(value, list | tuple | Mapping) and len(value) <= 256 and depth < 4:
+        for item in value.values() if isinstance(value, Mapping) else value:
+            _check_plain(field, item, depth + 1)
+        return
+    raise ValueError(f"{field} must be a plain value that JSON can hold, got {short(value)}.")
+
+
+def _check_pretrained_cfg(config: Any) -> None:
+    if config is None:
+        return
+    if not isinstance(config, Mapping):
+        raise ValueError(f"pretrained_cfg must map names to values, got {short(config)}.")
+    size = config.get("input_size")
+    if size is not None and not (
+        isinstance(size, list | tuple)
+        and len(size) == 3
+        and all(_is_whole(n) and 1 <= n <= _LARGEST_ARGUMENT for n in size)
+    ):
+        raise ValueError(f"pretrained_cfg['input_size'] must be [channels, height, width], got {short(size)}.")
+    for field in ("mean", "std"):
+        values = config.get(field)
+        if values is None:
+            continue
+        numbers = isinstance(values, list | tuple) and all(_is_number(value) for value in values)
+        if not numbers or len(values) != (size or [3])[0] or (field == "std" and 0 in values):
+            raise ValueError(
+                f"pretrained_cfg[{field!r}] must be one number for each channel"
+                f"{', none of them 0' * (field == 'std')}, got {short(values)}."
+            )
+    share = config.get("crop_pct")
+    if share is not None and not (_is_number(share) and 0.05 <= share <= 2):
+        raise ValueError(f"pretrained_cfg['crop_pct'] must be from 0.05 to 2, got {short(share)}.")
+
+
+def _check_labels(kwargs: Mapping[str, Any]) -> None:
+    count, names, numbers = (kwargs.get(key) for key in ("num_labels", "id2label", "label2id"))
+    if count is not None and not (_is_whole(count) and 0 <= count <= _LARGEST_HEAD):
+        raise ValueError(f"num_labels must be a whole number from 0 to {_LARGEST_HEAD}, got {short(count)}.")
+    for field, value in (("id2label", names), ("label2id", numbers)):
+        if value is not None and not (isinstance(value, Mapping) and len(value) <= _LARGEST_HEAD):
+            raise ValueError(f"{field} must map classes to names or names to classes, got {short(value)}.")
+    if names is not None:
+        keys = {str(key) for key in names}
+        if keys != {str(i) for i in range(len(names))}:
+            raise ValueError(f"id2label must have the keys 0 to {len(names) - 1}, got {short(sorted(keys))}.")
+        if not all(isinstance(name, str) for name in names.values()):
+            raise ValueError(f"id2label must map to names, got {short(list(names.values()))}.")
+
+
+def _check_method(config: Any) -> None:
+    method = config.get("quant_method") if isinstance(config, Mapping) else getattr(config, "quant_method", "sdq")
+    if config is not None and method != "sdq":
+        raise ValueError(f"quantization_config: quant_method must be 'sdq', got {short(method)}.")
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max

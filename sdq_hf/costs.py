@@ -49,3 +49,13 @@ def get_cost(name: str) -> Cost:
     if name not in COSTS:
         raise ValueError(f"Unknown cost {name!r}: expected one of {', '.join(COSTS)}.")
     return COSTS[name]
+
+
+def bitops_unit(largest: float) -> tuple[float, str]:
+    """Divisor and name of the unit in which `largest` BitOPs is a handy number."""
+    return next(((d, f"{p}BitOPs") for d, p in ((1e12, "T"), (1e9, "G"), (1e6, "M")) if largest >= d), (1e3, "kBitOPs"))
+
+
+def bitops_text(bitops: float) -> str:
+    divisor, unit = bitops_unit(bitops)
+    return f"{bitops / divisor:,.1f} {unit}"

@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .layers import QuantizedLayer, quantized_layers
+from .checkpoint import DIGEST, check_files, check_values, digest
+from .layers import PACKED, input_quantizers, quantized_layers
 from .packing import pack, packed_size, unpack
 
-PACKED = "weight_packed"
+# Where a layer's weight shape and type are kept while the weight itself is away.
+_AWAY = "_sdq_weight_shape_and_dtype"
 
 
 @register_quantization_config("sdq")
@@ -37,33 +39,50 @@ class SDQHfQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         return True
 
+    @property
+    def is_qat_trainable(self) -> bool:
+        return True
+
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
         state = model.state_dict()
         for name, layer in quantized_layers(model).items():
             del state[f"{name}.weight"]
             codes = layer.weight_quantizer.codes(layer.weight.detach())
             state[f"{name}.{PACKED}"] = pack(codes, layer.weight_quantizer.bits)
-        return state, {}
+        return {**state, DIGEST: torch.tensor(list(digest(state)), dtype=torch.uint8)}, {}
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        for layer in quantized_layers(model).values():
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: Any = None, **kwargs: Any
+    ) -> nn.Module:
+        new = set(model.new_layers)
+        for name, layer in quantized_layers(model).items():
+            if name in new:
+                continue
             size = packed_size(layer.weight.numel(), layer.weight_quantizer.bits)
             layer.register_buffer(PACKED, torch.empty(size, dtype=torch.uint8, device=layer.weight.device))
-            _shapes(layer)["shape"] = layer.weight.shape
+            layer.__dict__[_AWAY] = layer.weight.shape, layer.weight.dtype
             del layer.weight
+        if checkpoint_files:
+            optional = {f"{name}.{key}" for name in new for key in ("weight", PACKED, "bias")}
+            check_files(checkpoint_files, model.state_dict(), optional)
         return model
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        for layer in quantized_layers(model).values():
-            quantizer, shape = layer.weight_quantizer, _shapes(layer).pop("shape")
-            packed = layer._buffers.pop(PACKED)
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> nn.Module:
+        steps = input_quantizers(model)
+        for name, layer in quantized_layers(model).items():
+            quantizer = layer.weight_quantizer
+            check_values(name, quantizer.scale, steps.get(name))
+            if name in model.new_layers:
+                quantizer.set_bits(quantizer.bits, layer.weight)
+                continue
+            packed, (shape, dtype) = layer._buffers.pop(PACKED), layer.__dict__.pop(_AWAY)
             assert packed is not None
             weight = quantizer.from_codes(unpack(packed, quantizer.bits, shape.numel()).view(shape))
-            layer.weight = nn.Parameter(weight)
+            layer.weight = nn.Parameter(weight.to(dtype))
             quantizer.exact = True
         return model
 
-
-def _shapes(layer: QuantizedLayer) -> dict[str, torch.Size]:
-    """Where a layer's weight shape is kept while the weight itself is away."""
-    return layer.__dict__.setdefault("_sdq_packed", {})
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> nn.Module:
+        for layer in quantized_layers(model).values():
+            layer.dequantize()
+        return model

@@ -13,15 +13,20 @@ from timm.layers import Conv2dSame
 from timm.layers.conv2d_same import conv2d_same
 from torch import Tensor, nn
 
+from .packing import unpack
 from .quantizers import ActivationQuantizer, WeightQuantizer
 from .strategy import FLOAT_BITS, LayerBits, Strategy, unknown_layer
+
+# What the codes of a layer's weight are called in a file, beside its scale.
+PACKED = "weight_packed"
 
 
 class QuantizedLayer(nn.Module):
     """Mixin of a layer with a weight quantizer and an input quantizer.
 
     `weight_source`, when set, replaces the weight quantizer: the search puts its stochastic weights there.
-    `enabled` False makes the layer the float layer it was.
+    `enabled` False makes the layer the float layer it was. `has_float_weight`: only inputs are quantized, as in a
+    dequantized model; there is no `weight_quantizer` then.
     """
 
     weight: nn.Parameter
@@ -30,14 +35,22 @@ class QuantizedLayer(nn.Module):
     input_quantizer: ActivationQuantizer | None
     weight_source: Callable[[Tensor], Tensor] | None
     enabled: bool
+    has_float_weight: bool
 
     def quantized_weight(self) -> Tensor:
         """The weight that the forward pass uses (shape of `weight`)."""
-        if not self.enabled:
+        if not self.enabled or self.has_float_weight:
             return self.weight
         if self.weight_source is not None:
             return self.weight_source(self.weight)
         return self.weight_quantizer(self.weight)
+
+    @torch.no_grad()
+    def dequantize(self) -> None:
+        """Put the quantized weights, as ordinary float numbers, in the place of the weights and their quantizer."""
+        self.weight.copy_(self.weight_quantizer(self.weight))
+        del self.weight_quantizer
+        self.has_float_weight = True
 
     @torch.no_grad()
     def make_latent(self) -> None:
@@ -45,6 +58,19 @@ class QuantizedLayer(nn.Module):
         if self.weight_quantizer.exact and not self.weight.is_meta:
             self.weight.copy_(self.weight_quantizer.latent(self.weight))
             self.weight_quantizer.exact = False
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        # `load_state_dict` takes the tensors of a packed file too, as transformers' Trainer hands them over.
+        if prefix + PACKED in state_dict and not self.has_float_weight:
+            quantizer = self.weight_quantizer
+            codes = unpack(state_dict.pop(prefix + PACKED), quantizer.bits, self.weight.numel())
+            with torch.no_grad():
+                quantizer.scale.copy_(state_dict[f"{prefix}weight_quantizer.scale"])
+            quantizer.exact = True
+            weight = quantizer.from_codes(codes.to(self.weight.device).view(self.weight.shape))
+            state_dict[f"{prefix}weight"] = quantizer.latent(weight)
+            quantizer.exact = False
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.enabled and self.input_quantizer is not None:
@@ -86,8 +112,19 @@ def quantizable_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
-    """Name -> layer of every layer that has quantizers, in the network's order."""
+    """Name -> layer of every layer whose weights are quantized, in the network's order."""
+    return {name: layer for name, layer in attached_layers(model).items() if not layer.has_float_weight}
+
+
+def attached_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
+    """Name -> layer of every layer that has a quantizer, for its weights or for its inputs."""
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLayer)}
+
+
+def input_quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:
+    """Name of the layer -> quantizer of its inputs, in the network's order."""
+    layers = attached_layers(model)
+    return {name: layer.input_quantizer for name, layer in layers.items() if layer.input_quantizer is not None}
 
 
 def attach(module: nn.Module, name: str, bits: LayerBits, form: str, grid: str) -> None:
@@ -105,10 +142,12 @@ def attach(module: nn.Module, name: str, bits: LayerBits, form: str, grid: str) 
     module.__class__ = cast(Any, subclass)
     layer = cast(QuantizedLayer, module)
     device = layer.weight.device
-    layer.weight_quantizer = WeightQuantizer(form, grid, bits.weight_bits).to(device)
+    layer.weight_source, layer.enabled, layer.has_float_weight = None, True, bits.weight_bits == FLOAT_BITS
     has_input = bits.activation_bits != FLOAT_BITS
     layer.input_quantizer = ActivationQuantizer(bits.activation_bits).to(device) if has_input else None
-    layer.weight_source, layer.enabled = None, True
+    if layer.has_float_weight:
+        return
+    layer.weight_quantizer = WeightQuantizer(form, grid, bits.weight_bits).to(device)
     if not layer.weight.is_meta:
         layer.weight_quantizer.fit_scale(layer.weight)
 
@@ -145,13 +184,13 @@ def apply_strategy(model: nn.Module, strategy: Strategy) -> None:
 
     Raises `KeyError` when the layers of the two differ.
     """
-    layers = quantized_layers(model)
-    quantized = {name: bits for name, bits in strategy.items() if bits.weight_bits != FLOAT_BITS}
+    layers = attached_layers(model)
+    quantized = {name: bits for name, bits in strategy.items() if not bits.is_float}
     for name in quantized.keys() ^ layers.keys():
         raise KeyError(unknown_layer(name, list(layers)))
     for name, bits in quantized.items():
         layer = layers[name]
-        if layer.weight_quantizer.bits != bits.weight_bits:
+        if not layer.has_float_weight and layer.weight_quantizer.bits != bits.weight_bits:
             layer.weight_quantizer.set_bits(bits.weight_bits, layer.weight)
         if layer.input_quantizer is not None and layer.input_quantizer.bits != bits.activation_bits:
             layer.input_quantizer.set_bits(bits.activation_bits)

@@ -2,11 +2,14 @@
 
 import copy
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import replace
 from difflib import get_close_matches
 from itertools import islice
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import timm
 import torch
@@ -17,17 +20,36 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from . import backbones as backbones  # registers our timm names
+from .checkpoint import DIGEST, CheckpointError
 from .configuration_sdq import SDQConfig
 from .hf_quantizer import SDQHfQuantizer, SDQQuantizationConfig
 from .layers import (
     QuantizedLayer,
     apply_strategy,
     attach,
+    attached_layers,
     count_macs,
+    input_quantizers,
     quantizable_layers,
     quantized_layers,
+    quantizer_parameters,
 )
-from .strategy import FLOAT_BITS, LayerBits, Strategy
+from .strategy import FLOAT_BITS, LayerBits, Strategy, short, unknown_layer
+
+# The file that lets transformers find the classes with trust_remote_code=True, without `import sdq_hf`.
+REMOTE_CODE = "sdq_remote.py"
+_REMOTE_SOURCE = """# The classes of the installed package sdq_hf, for `trust_remote_code=True`.
+from sdq_hf import SDQConfig, SDQForImageClassification, SDQImageProcessor
+"""
+_HUB_OPTIONS = ("repo_id", "private", "token", "revision", "commit_message", "commit_description", "create_pr")
+_AUTO_MAP = {
+    "AutoConfig": "sdq_remote.SDQConfig",
+    "AutoImageProcessor": "sdq_remote.SDQImageProcessor",
+    "AutoModelForImageClassification": "sdq_remote.SDQForImageClassification",
+}
+
+# Inside `from_pretrained`: whether its caller allows layers of other shapes than the file's.
+_LOADING: ContextVar[bool | None] = ContextVar("_LOADING", default=None)
 
 
 def create_backbone(architecture: str, **kwargs: Any) -> nn.Module:
@@ -38,7 +60,10 @@ def create_backbone(architecture: str, **kwargs: Any) -> nn.Module:
         near = get_close_matches(name, known, n=3, cutoff=0.5)
         hint = f" Near names: {', '.join(near)}." if near else ""
         raise ValueError(f"Unknown timm model {architecture!r}.{hint} `timm.list_models()` lists {len(known)} names.")
-    return timm.create_model(architecture, **kwargs)
+    try:
+        return timm.create_model(architecture, **kwargs)
+    except (TypeError, RuntimeError, AssertionError) as error:
+        raise ValueError(f"timm cannot make {architecture!r} with {short(kwargs)}: {error}") from error
 
 
 class SDQForImageClassification(PreTrainedModel):
@@ -53,15 +78,26 @@ class SDQForImageClassification(PreTrainedModel):
     main_input_name = "pixel_values"
     model_tags = ["sdq"]
     accepts_loss_kwargs = False
+    # Integers times a scale stay what they are at any precision of the rest.
+    _keep_in_fp32_modules_strict = ["weight_quantizer", "input_quantizer"]
+    _keys_to_ignore_on_load_unexpected = [DIGEST]
 
     def __init__(self, config: SDQConfig):
         super().__init__(config)
         self.timm_model = create_backbone(
             config.architecture, pretrained=False, num_classes=config.num_labels, **config.model_args
         )
-        strategy = self._initial_strategy() if config.strategy is None else Strategy.from_json(config.strategy)
+        # Layers that a loaded file cannot fill, since the number of classes was changed: names as in `named_modules()`.
+        self.new_layers: list[str] = []
+        given = config.strategy
+        strategy = self._initial_strategy() if given is None else self._fitting(Strategy.from_json(given))
         self._attach(strategy)
         config.strategy = strategy.to_json()
+        if self.quantized_layers():
+            # As for a model of any other quantization method that was loaded quantized.
+            config.quantization_config = SDQQuantizationConfig()
+            self.hf_quantizer = SDQHfQuantizer(config.quantization_config)
+            self.is_quantized, self.quantization_method = True, "sdq"
         self.post_init()
 
     # Construction ------------------------------------------------------------------------------------------------
@@ -172,15 +208,41 @@ class SDQForImageClassification(PreTrainedModel):
             raise ValueError(f"{config.architecture} has no layer left to search: all {len(names)} are pinned.")
         return Strategy.of(result)
 
-    def _attach(self, strategy: Strategy) -> None:
-        layers = quantizable_layers(self.timm_model)
+    def _fitting(self, strategy: Strategy) -> Strategy:
+        """`strategy` of a configuration, if it has the layers of the network and their sizes.
+
+        A head of another size is a new head: `num_labels` was changed, and its sizes follow.
+        """
+        architecture, layers = self.config.architecture, quantizable_layers(self.timm_model)
         for name in strategy:
             if name not in layers:
-                raise ValueError(f"The strategy has a layer {name!r} that {self.config.architecture} lacks.")
+                raise ValueError(f"strategy of {architecture}: {unknown_layer(name, list(layers))}")
+        heads = cast(Any, self.timm_model).get_classifier()
+        heads = heads if isinstance(heads, tuple | list) else (heads,)
+        changed = dict(strategy)
         for name, module in layers.items():
             if name not in strategy:
-                raise ValueError(f"The strategy lacks the layer {name!r} of {self.config.architecture}.")
-            if strategy[name].weight_bits != FLOAT_BITS:
+                raise ValueError(f"strategy of {architecture}: it lacks the layer {name!r}.")
+            layer, weights = strategy[name], cast(Tensor, module.weight).numel()
+            if layer.num_weights == weights:
+                continue
+            if module not in heads:
+                raise ValueError(
+                    f"strategy of {architecture}: layer {name!r} has {weights} weights, not {layer.num_weights}."
+                )
+            self.new_layers.append(f"{self.base_model_prefix}.{name}")
+            macs = layer.macs * weights // layer.num_weights if layer.num_weights else 0
+            changed[name] = replace(layer, num_weights=weights, macs=macs)
+        if self.new_layers and _LOADING.get() is False:
+            raise ValueError(
+                f"The head {self.new_layers[0]!r} of the file is not for the {self.config.num_labels} classes asked for. "
+                "With ignore_mismatched_sizes=True it is made anew, to be trained."
+            )
+        return Strategy.of(changed)
+
+    def _attach(self, strategy: Strategy) -> None:
+        for name, module in quantizable_layers(self.timm_model).items():
+            if not strategy[name].is_float:
                 attach(module, name, strategy[name], self.config.weight_quantizer, self.config.weight_grid)
 
     # Bits --------------------------------------------------------------------------------------------------------
@@ -219,8 +281,7 @@ class SDQForImageClassification(PreTrainedModel):
         self.timm_model.load_state_dict({**own, **state})
         for layer in self.quantized_layers().values():
             layer.weight_quantizer.set_bits(layer.weight_quantizer.bits, layer.weight)
-            if layer.input_quantizer is not None:
-                layer.input_quantizer.set_bits(layer.input_quantizer.bits)
+        self._forget_steps()
 
     def float_twin(self) -> nn.Module:
         """The float timm model with this model's real weights: an independent copy, in eval mode."""
@@ -235,7 +296,7 @@ class SDQForImageClassification(PreTrainedModel):
     @contextmanager
     def float_mode(self) -> Iterator[None]:
         """Inside, the model computes in float: no quantizer works."""
-        layers = self.quantized_layers().values()
+        layers = attached_layers(self.timm_model).values()
         try:
             for layer in layers:
                 layer.enabled = False
@@ -245,13 +306,12 @@ class SDQForImageClassification(PreTrainedModel):
                 layer.enabled = True
 
     def quantized_layers(self) -> dict[str, QuantizedLayer]:
-        """Name (as in `strategy`) -> layer, of every layer that has quantizers."""
+        """Name (as in `strategy`) -> layer, of every layer whose weights are quantized."""
         return quantized_layers(self.timm_model)
 
     def is_calibrated(self) -> bool:
         """Whether every activation step has been fitted or loaded."""
-        quantizers = [layer.input_quantizer for layer in self.quantized_layers().values()]
-        return all(q is None or q.step.item() > 0 for q in quantizers)
+        return all(quantizer.step.item() > 0 for quantizer in input_quantizers(self.timm_model).values())
 
     def train(self, mode: bool = True) -> "SDQForImageClassification":
         """As in torch. A loaded model has quantized weights only; training it puts real weights behind them that are
@@ -273,12 +333,14 @@ class SDQForImageClassification(PreTrainedModel):
         if not first:
             raise ValueError("The data has no batch: is the split empty, or smaller than one batch?")
         images = torch.cat(first).to(self.device)
-        for layer in self.quantized_layers().values():
-            if layer.input_quantizer is not None:
-                layer.input_quantizer.set_bits(layer.input_quantizer.bits)
+        self._forget_steps()
         training = self.training
         self.eval()(images)
         self.train(training)
+
+    def _forget_steps(self) -> None:
+        for quantizer in input_quantizers(self.timm_model).values():
+            quantizer.set_bits(quantizer.bits)
 
     def recalibrate_batch_norm(self, batches: Iterable[Tensor | Mapping[str, Tensor]], num_batches: int = 50) -> None:
         """Gather batch-norm statistics anew under the present bits (METHOD 6.3); nothing else changes."""
@@ -293,27 +355,140 @@ class SDQForImageClassification(PreTrainedModel):
         return ImageClassifierOutput(loss=loss, logits=logits)
 
     def _init_weights(self, module: nn.Module) -> None:
-        # timm has initialised its modules, and every other weight comes from a file.
-        pass
+        # timm has initialised its modules, or every weight comes from a file: but for a new head's.
+        if _LOADING.get() and isinstance(module, nn.Linear | nn.Conv2d):
+            module.reset_parameters()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], *args: Any) -> None:
+        # That of a packed file, if Trainer loads one; `from_pretrained` has compared it.
+        state_dict.pop(DIGEST, None)
+        super()._load_from_state_dict(state_dict, *args)
+
+    # Types -------------------------------------------------------------------------------------------------------
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the computation; scales and steps are float32 always."""
+        own = {id(parameter) for _, parameter in quantizer_parameters(self)}
+        return next(p.dtype for p in self.parameters() if p.is_floating_point() and id(p) not in own)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> "SDQForImageClassification":
+        # All of torch's ways to cast come by here.
+        before = torch.empty(0, dtype=torch.float32)
+        after = fn(before).dtype
+        if getattr(self, "is_quantized", False) and torch.finfo(after).bits < torch.finfo(before.dtype).bits:
+            raise ValueError(
+                f"Casting to {after} would change the scales, and so the numbers that were published. Compute in it under "
+                f"torch.autocast, load with from_pretrained(..., dtype={after}), or call dequantize() first."
+            )
+        return super()._apply(fn, *args, **kwargs)
+
+    def float(self, *args: Any) -> "SDQForImageClassification":
+        """Nothing to do for a model that computes in float32; otherwise as in transformers."""
+        return self if self.dtype == torch.float32 else super().float(*args)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> "SDQForImageClassification":
+        """Turn the model, in place, into a float model with the same logits, and return it.
+
+        The quantized weights stand in ordinary layers then, as float numbers; files are as large as a float model's. Inputs
+        are still rounded, since the logits depend on it; `float_twin()` gives timm's model without any rounding.
+        """
+        if not self.quantized_layers():
+            return self
+        super().dequantize(dtype=dtype)
+        # Nothing is left for a search.
+        strategy = {name: replace(layer, weight_bits=FLOAT_BITS, pinned=True) for name, layer in self.strategy.items()}
+        self.config.strategy = Strategy.of(strategy).to_json()
+        return self if dtype is None else self.to(dtype)
+
+    # Loading -----------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *model_args: Any, **kwargs: Any) -> Any:
+        """As in transformers, from a folder or a Hub id. The file is looked over first (`sdq_hf.checkpoint`).
+
+        With other `num_labels` and `ignore_mismatched_sizes=True` the head is made anew. With `dtype` the network computes in
+        that type, and scales stay float32.
+
+        Raises `ValueError` naming the field or the tensor for a configuration or a file that is damaged or does not fit.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        kwargs.setdefault("use_safetensors", True)
+        token = _LOADING.set(bool(kwargs.get("ignore_mismatched_sizes", False)))
+        try:
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+            )
+        finally:
+            _LOADING.reset(token)
+        new = tuple(f"{name}." for name in model.new_layers)
+        # A file of a quantized model was compared with its configuration already; one of float weights was not.
+        missing = [name for name in sorted(info["missing_keys"]) if not name.startswith(new)]
+        if missing:
+            raise CheckpointError(
+                f"{pretrained_model_name_or_path}: the file lacks {missing[0]!r}, which config.json asks for."
+            )
+        return (model, info) if wants_info else model
 
     # Saving ------------------------------------------------------------------------------------------------------
 
-    def save_pretrained(self, save_directory: str | os.PathLike, print_size: bool = True, **kwargs: Any) -> None:
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        print_size: bool = True,
+        remote_code: bool = False,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
         """Save for use: weights packed at their bits, config.json with the strategy. Prints the size (`size_report`).
+
+        With `remote_code` the folder can be loaded with `trust_remote_code=True` in place of `import sdq_hf`; the package
+        must be installed all the same. `push_to_hub`, and `repo_id` and further options with it, as in transformers.
 
         Activation steps must be fitted (`calibrate`, or any forward pass), else `ValueError` names the layer.
         """
-        for name, layer in self.quantized_layers().items():
-            if layer.input_quantizer is not None and layer.input_quantizer.step.item() <= 0:
+        for name, quantizer in input_quantizers(self.timm_model).items():
+            if quantizer.step.item() <= 0:
                 raise ValueError(
                     f"Layer {name!r}: its activation step was never fitted. Call model.calibrate(images) before saving."
                 )
-        quantization_config = SDQQuantizationConfig()
-        self.config.quantization_config = quantization_config
-        self.hf_quantizer = SDQHfQuantizer(quantization_config)
+        hub_options = {key: kwargs.pop(key) for key in _HUB_OPTIONS if key in kwargs}
+        remote = Path(save_directory) / REMOTE_CODE
+        # A loaded configuration may have a map whose file is elsewhere.
+        self.config.__dict__.pop("auto_map", None)
+        if remote_code:
+            self.config.auto_map = dict(_AUTO_MAP)
         super().save_pretrained(save_directory, **kwargs)
+        if remote_code:
+            remote.write_text(_REMOTE_SOURCE)
+        else:
+            remote.unlink(missing_ok=True)
         if print_size:
             print(self.size_report(save_directory))
+        if push_to_hub:
+            from .hub.publish import publish_folder
+
+            publish_folder(Path(save_directory), hub_options.pop("repo_id", Path(save_directory).name), **hub_options)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Publish the model in one commit, with a card and pictures; gives the commit's address.
+
+        Args:
+            repo_id: such as `org/resnet18-sdq`; made when it is missing.
+            options: `private`, `token`, `revision` (a branch, made when it is missing), `commit_message`,
+                `commit_description`, `create_pr`, `max_shard_size` as in transformers; `card`, to be used in place of the
+                one that is written; `license` for that one; `remote_code` as in `save_pretrained`.
+
+        Raises `PublishError` when the Hub cannot be reached or refuses. A model that `scripts/run_sdq.py` has made is better
+        published from its folder (`sdq-hf push`): the card there has its results.
+        """
+        from .hub.publish import publish_model
+
+        return publish_model(self, repo_id, **options)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = None) -> None:
+        """Does nothing: the code is in the package, and no copy of it is to be saved with a model."""
 
     def size_report(self, folder: str | os.PathLike) -> str:
         """One line: how large the packed weights in `folder` are, beside float32."""

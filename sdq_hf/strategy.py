@@ -31,13 +31,18 @@ class LayerBits:
         for field in ("weight_bits", "activation_bits"):
             bits = getattr(self, field)
             if not isinstance(bits, int) or isinstance(bits, bool) or not (1 <= bits <= 8 or bits == FLOAT_BITS):
-                raise ValueError(f"{field} must be 1 to 8, or {FLOAT_BITS} for float, got {bits!r}.")
+                raise ValueError(f"{field} must be 1 to 8, or {FLOAT_BITS} for float, got {short(bits)}.")
         for field in ("num_weights", "macs"):
             value = getattr(self, field)
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                raise ValueError(f"{field} must be a whole number >= 0, got {value!r}.")
+                raise ValueError(f"{field} must be a whole number >= 0, got {short(value)}.")
         if not isinstance(self.pinned, bool):
-            raise ValueError(f"pinned must be true or false, got {self.pinned!r}.")
+            raise ValueError(f"pinned must be true or false, got {short(self.pinned)}.")
+
+    @property
+    def is_float(self) -> bool:
+        """Whether neither weights nor inputs are quantized."""
+        return self.weight_bits == self.activation_bits == FLOAT_BITS
 
 
 @dataclass(frozen=True)
@@ -140,14 +145,14 @@ class Strategy(Mapping[str, LayerBits]):
         layers: dict[str, LayerBits] = {}
         for entry in data:
             if not isinstance(entry, Mapping) or not fields - {"pinned"} <= set(entry) <= fields:
-                raise ValueError(f"A strategy's entry must have the fields {sorted(fields)}, got {entry!r}.")
+                raise ValueError(f"A strategy's entry must have the fields {sorted(fields)}, got {short(entry)}.")
             name, values = entry["layer"], {k: v for k, v in entry.items() if k != "layer"}
             if not isinstance(name, str) or name in layers:
-                raise ValueError(f"A strategy names each layer once, got {name!r}{' again' * (name in layers)}.")
+                raise ValueError(f"A strategy names each layer once, got {short(name)}{' again' * (name in layers)}.")
             try:
                 layers[name] = LayerBits(**values)
             except ValueError as error:
-                raise ValueError(f"Strategy, layer {name!r}: {error}") from None
+                raise ValueError(f"Strategy, layer {short(name)}: {error}") from None
         return cls.of(layers)
 
     def diff(self, other: "Strategy") -> dict[str, tuple[int | None, int | None]]:
@@ -175,7 +180,13 @@ class Strategy(Mapping[str, LayerBits]):
     __str__ = table
 
 
+def short(value: Any, longest: int = 100) -> str:
+    """`value` as text of at most `longest` characters, for a message of one line."""
+    text = repr(value)
+    return text if len(text) <= longest else f"{text[: longest - 3]}..."
+
+
 def unknown_layer(name: str, names: list[str]) -> str:
     """The message for a layer name that is not among `names`."""
     near = get_close_matches(name, names, n=3, cutoff=0.4) or names[:3]
-    return f"No layer {name!r} in the network; near names: {', '.join(near)}."
+    return f"No layer {short(name)} in the network; near names: {', '.join(near)}."

@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from ..costs import bitops_text, bitops_unit
+from ..layers import QuantizedLayer
 from ..modeling_sdq import SDQForImageClassification
 from ..quantizers.grids import extremes, half_range, spacing
-from ..quantizers.weight import best_scale, normalise
+from ..quantizers.weight import normalise
 from ..strategy import Strategy
 
 # Okabe and Ito's colours, told apart by colour-blind readers.
@@ -21,14 +23,10 @@ _PINNED = "#BBBBBB"
 _WEIGHTS = "#56B4E9"
 
 
-def _bitops_unit(largest: float) -> tuple[float, str]:
-    """Divisor and name of the unit in which `largest` BitOPs is a handy number."""
-    return next(((d, f"{p}BitOPs") for d, p in ((1e12, "T"), (1e9, "G"), (1e6, "M")) if largest >= d), (1e3, "kBitOPs"))
-
-
 def _save(figure: Figure, path: str | Path) -> None:
     """Write beside, then rename."""
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".new")
     figure.savefig(beside, format="png", dpi=150)
     os.replace(beside, path)
@@ -51,9 +49,8 @@ def figure_bits(strategies: Mapping[str, Strategy]) -> Figure:
         colours = [_PINNED if layer.pinned else method for layer in strategy.values()]
         axis.bar(places, list(strategy.weight_bits.values()), color=colours)
         axis.set(ylim=(0, 8.5), yticks=[2, 4, 6, 8], ylabel="bits")
-        divisor, unit = _bitops_unit(strategy.bitops())
         axis.set_title(
-            f"{title}: {strategy.average_bits():.2f} average bits, {strategy.bitops() / divisor:.1f} {unit} (grey: pinned)",
+            f"{title}: {strategy.average_bits():.2f} average bits, {bitops_text(strategy.bitops())} (grey: pinned)",
             fontsize=10,
             loc="left",
         )
@@ -67,8 +64,11 @@ def figure_bits(strategies: Mapping[str, Strategy]) -> Figure:
     return figure
 
 
-def figure_descent(logs: Mapping[str, Mapping[str, Any]]) -> Figure:
-    """Cost over the batches of each search (`SearchLog.to_json()`), its budgets dashed, above the bits of its layers."""
+def figure_descent(logs: Mapping[str, Mapping[str, Any]], strategy: Strategy) -> Figure:
+    """Cost over the batches of each search (`SearchLog.to_json()`), its budgets dashed, above the bits of its layers.
+
+    A cost other than average bits is drawn beside the average bits, which `strategy` gives the layers' sizes for.
+    """
     if not logs or not all(log["moves"] for log in logs.values()):
         raise ValueError("No search with a step to plot.")
     layers = max(len(log["start"]) for log in logs.values())
@@ -78,6 +78,8 @@ def figure_descent(logs: Mapping[str, Mapping[str, Any]]) -> Figure:
     for i, (title, log) in enumerate(logs.items()):
         above, below = panels[2 * i], panels[2 * i + 1]
         _plot_cost(above, title, log)
+        if log["cost"] != "bits":
+            _plot_average_bits(above.twinx(), log, strategy)
         _plot_layers(below, figure, log)
         above.sharex(below)
     return figure
@@ -86,13 +88,24 @@ def figure_descent(logs: Mapping[str, Mapping[str, Any]]) -> Figure:
 def _plot_cost(axis: Any, title: str, log: Mapping[str, Any]) -> None:
     batches = [0, *(move["batch"] for move in log["moves"])]
     costs = [log["start_cost"], *(move["cost"] for move in log["moves"])]
-    scale, unit = _bitops_unit(costs[0]) if log["cost"] == "bitops" else (1.0, "average bits")
+    scale, unit = bitops_unit(costs[0]) if log["cost"] == "bitops" else (1.0, "average bits")
     axis.step(batches, [cost / scale for cost in costs], where="post", color=COLOURS["sdq"])
     for budget in log.get("budgets", []):
         axis.axhline(budget / scale, color=COLOURS["float"], linestyle="--", linewidth=1)
     axis.set_ylabel(unit)
     axis.set_title(f"Descent of the search, budget in {title} (dashed)", fontsize=10, loc="left")
     axis.grid(alpha=0.3)
+
+
+def _plot_average_bits(axis: Any, log: Mapping[str, Any], strategy: Strategy) -> None:
+    now = strategy.with_bits(log["start"])
+    batches, averages = [0], [now.average_bits()]
+    for move in log["moves"]:
+        now = now.with_bits({move["layer"]: move["to"]})
+        batches.append(move["batch"])
+        averages.append(now.average_bits())
+    axis.step(batches, averages, where="post", color=COLOURS["greedy"], linewidth=1)
+    axis.set_ylabel("average bits", color=COLOURS["greedy"])
 
 
 def _plot_layers(axis: Any, figure: Figure, log: Mapping[str, Any]) -> None:
@@ -116,7 +129,7 @@ def figure_accuracy(rows: Sequence[Mapping[str, Any]]) -> Figure:
         raise ValueError("No quantized row to plot.")
     figure = Figure(figsize=(9, 7), layout="constrained")
     axes = figure.subplots(2, 2, sharex="col", sharey="row")
-    divisor, unit = _bitops_unit(max(row["bitops"] for row in points))
+    divisor, unit = bitops_unit(max(row["bitops"] for row in points))
     for column, (key, scale, label) in enumerate((("file_bytes", 1e3, "file, kB"), ("bitops", divisor, unit))):
         for line, metric in enumerate(("top1", "kl")):
             axis = axes[line, column]
@@ -148,12 +161,13 @@ def figure_accuracy(rows: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def figure_weights(model: SDQForImageClassification, strategy: Strategy, count: int = 6) -> Figure:
-    """Histograms of the real weights of up to `count` layers, with the levels of `strategy` as lines.
+def figure_weights(model: SDQForImageClassification, count: int = 6) -> Figure:
+    """Histograms of the weights of up to `count` layers of `model` under its strategy, with their levels as lines.
 
-    In normalised units: 1.0 is the clip.
+    In normalised units: 1.0 is the clip. Real weights in training; a loaded model has quantized weights only, whose bars
+    tell how full each level is.
     """
-    layers = model.quantized_layers()
+    layers, strategy = model.quantized_layers(), model.strategy
     names = [name for name in strategy.searchable if name in layers]
     if not names:
         raise ValueError("No quantized layer to plot.")
@@ -162,31 +176,42 @@ def figure_weights(model: SDQForImageClassification, strategy: Strategy, count: 
     figure = Figure(figsize=(9, 2.2 * rows), layout="constrained")
     axes = figure.subplots(rows, 2, squeeze=False).ravel()
     for axis, name in zip(axes, names, strict=False):
-        quantizer, bits = layers[name].weight_quantizer, strategy[name].weight_bits
-        weight = layers[name].weight.detach().float().cpu()
-        scale = best_scale(weight, quantizer.form, quantizer.grid, bits)
-        axis.hist(normalise(weight, quantizer.form, bits, scale).flatten().numpy(), bins=100, color=_WEIGHTS)
-        low, high = extremes(quantizer.grid, bits)
-        for level in range(low, high + 1, spacing(quantizer.grid, bits)):
-            axis.axvline(level / half_range(quantizer.grid, bits), color=COLOURS["sdq"], linewidth=0.8)
-        axis.set_yticks([])
+        _plot_layer_weights(axis, layers[name])
+        bits = strategy[name].weight_bits
         axis.set_title(f"{name}: {bits} bit{'s' * (bits > 1)}, levels in orange", fontsize=9, loc="left")
     for axis in axes[len(names) :]:
         axis.set_axis_off()
     return figure
 
 
+def _plot_layer_weights(axis: Any, layer: QuantizedLayer) -> None:
+    quantizer, weight = layer.weight_quantizer, layer.weight.detach().float().cpu()
+    grid, bits, scale = quantizer.grid, quantizer.bits, quantizer.scale.detach().cpu()
+    low, high = extremes(grid, bits)
+    levels = np.arange(low, high + 1, spacing(grid, bits)) / half_range(grid, bits)
+    if quantizer.exact:
+        values = (quantizer.integers(layer.weight).detach().cpu() / half_range(grid, bits)).flatten().numpy()
+        gap = spacing(grid, bits) / half_range(grid, bits)
+        heights, _ = np.histogram(values, bins=np.append(levels - gap / 2, levels[-1] + gap / 2))
+        axis.bar(levels, heights, width=0.8 * gap, color=_WEIGHTS)
+    else:
+        axis.hist(normalise(weight, quantizer.form, bits, scale).flatten().numpy(), bins=100, color=_WEIGHTS)
+    for level in levels:
+        axis.axvline(level, color=COLOURS["sdq"], linewidth=0.8)
+    axis.set_yticks([])
+
+
 def plot_bits(strategies: Mapping[str, Strategy], path: str | Path) -> None:
     _save(figure_bits(strategies), path)
 
 
-def plot_descent(logs: Mapping[str, Mapping[str, Any]], path: str | Path) -> None:
-    _save(figure_descent(logs), path)
+def plot_descent(logs: Mapping[str, Mapping[str, Any]], strategy: Strategy, path: str | Path) -> None:
+    _save(figure_descent(logs, strategy), path)
 
 
 def plot_accuracy(rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
     _save(figure_accuracy(rows), path)
 
 
-def plot_weights(model: SDQForImageClassification, strategy: Strategy, path: str | Path) -> None:
-    _save(figure_weights(model, strategy), path)
+def plot_weights(model: SDQForImageClassification, path: str | Path) -> None:
+    _save(figure_weights(model), path)

@@ -172,7 +172,7 @@ class WeightQuantizer(nn.Module):
     def integers(self, w: Tensor) -> Tensor:
         """The integers (float, shape of `w`) behind the quantized weights."""
         if self.exact:
-            return torch.round(w / (self.scale / half_range(self.grid, self.bits)))
+            return torch.round(w.float() / (self.scale / half_range(self.grid, self.bits)))
         return quantize_to_integers(w.float(), self.form, self.grid, self.bits, self.scale)
 
     def codes(self, w: Tensor) -> Tensor:

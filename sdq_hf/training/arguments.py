@@ -1,6 +1,7 @@
 """Options of `scripts/run_sdq.py`, from the command line or a YAML file."""
 
 import argparse
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
@@ -120,6 +121,14 @@ class RunArguments:
     gradient_accumulation_steps: int = _option(1, "Batches per update.")
     cpu: bool = _option(False, "Stay on the CPU where there is a GPU.")
     report_to: list[str] = _option([], "Trackers of Accelerate: tensorboard, trackio, wandb.")
+    push_to_hub: bool = _option(False, "Publish the models of the SDQ budgets at the end, each on a branch of its own.")
+    hub_model_id: str | None = _option(None, "Repository to publish in, such as org/resnet18-sdq; made when missing.")
+    hub_private_repo: bool | None = _option(
+        None, "Whether a repository that is made is private; default: the account's."
+    )
+    hub_license: str | None = _option(
+        None, "Licence of the weights, for the card, as the Hub names it, e.g. apache-2.0."
+    )
 
 
 @dataclass
@@ -134,6 +143,28 @@ class Arguments:
     def to_dict(self) -> dict[str, Any]:
         """All options by name, as they would stand in a YAML file."""
         return {key: value for group in vars(self).values() for key, value in asdict(group).items()}
+
+    def command(self, processes: int = 1) -> str:
+        """The command that gives the same result: the options that differ from their defaults, for a model card."""
+        parts = ["accelerate launch", *([f"--num_processes {processes}"] * (processes > 1)), "scripts/run_sdq.py"]
+        for group in vars(self).values():
+            defaults = type(group)()
+            for key, value in asdict(group).items():
+                if value == getattr(defaults, key) or key in _NOT_IN_COMMAND:
+                    continue
+                # Where a folder lies on one machine is of no use on another.
+                values = [Path(value).name] if key in _PATHS and Path(value).is_absolute() else value
+                values = values if isinstance(values, list) else [values]
+                parts.append(f"--{key} {' '.join(shlex.quote(str(v)) for v in values)}")
+        return " ".join(parts)
+
+
+# Options that do not change the result.
+_NOT_IN_COMMAND = {
+    *("output_dir", "stage", "resume", "report_to", "cpu", "workers", "prefetch_factor", "pin_memory"),
+    *("push_to_hub", "hub_model_id", "hub_private_repo", "hub_license"),
+}
+_PATHS = {"dataset", "data_dir", "checkpoint", "kd_teacher_checkpoint"}
 
 
 class ArgumentError(ValueError):
@@ -266,6 +297,8 @@ def _check(arguments: Arguments) -> None:
         raise ArgumentError(f"--validation_fraction must be between 0 and 1, got {data.validation_fraction}")
     bits_by_pattern(arguments.model.pins, "pins")
     bits_by_pattern(search.floors, "floors")
+    if run.push_to_hub and not run.hub_model_id:
+        raise ArgumentError("--push_to_hub needs --hub_model_id, such as org/resnet18-sdq")
 
 
 def bits_by_pattern(entries: Sequence[str], option: str) -> dict[str, int]:

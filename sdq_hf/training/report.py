@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -9,10 +10,11 @@ from typing import Any
 
 import torch
 
+from ..hub.card import PICTURES
 from ..modeling_sdq import SDQForImageClassification
 from ..strategy import FLOAT_BITS, Strategy
 from .evaluation import evaluate
-from .stages import Run, write_json
+from .stages import Run, write_json, write_text
 
 _PACKAGES = ("torch", "torchvision", "timm", "transformers", "accelerate", "datasets")
 
@@ -50,21 +52,21 @@ def report(run: Run, entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any
             }
         )
     if accelerator.is_main_process:
-        arguments = run.arguments.to_dict()
-        write_json(
-            run.folder / "results.json",
-            {
-                "rows": rows,
-                "arguments": arguments,
-                "versions": {name: version(name) for name in _PACKAGES},
-                "device": str(accelerator.device),
-                "processes": accelerator.num_processes,
-            },
-        )
+        results = {
+            "rows": rows,
+            "arguments": run.arguments.to_dict(),
+            "command": run.arguments.command(accelerator.num_processes),
+            "data": _about_data(run),
+            "versions": {name: version(name) for name in _PACKAGES},
+            "device": str(accelerator.device),
+            "processes": accelerator.num_processes,
+        }
+        write_json(run.folder / "results.json", results)
         print("\n" + table(rows) + "\n")
         for picture in plot(run, entries, rows):
             print(f"Picture: {picture}")
-        print(f"Results: {run.folder / 'results.json'}. Packed models: {run.folder / 'models'}")
+        write_cards(run, entries, results)
+        print(f"Results: {run.folder / 'results.json'}. Packed models with their cards: {run.folder / 'models'}")
     accelerator.wait_for_everyone()
     return rows
 
@@ -127,16 +129,46 @@ def plot(run: Run, entries: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[
     from ..hub import plots
 
     folder = run.folder / "plots"
-    folder.mkdir(parents=True, exist_ok=True)
-    sdq = [entry for entry in entries if entry["method"] == "sdq"]
+    paths = [folder / f"{name}.png" for name in PICTURES]
+    logs = _descents(run, entries)
+    first = next(entry["name"] for entry in entries if entry["method"] == "sdq")
     shown = {entry["name"]: Strategy.from_json(entry["strategy"]) for entry in entries if entry["method"] != "uniform"}
-    paths = [folder / f"{name}.png" for name in ("bits", "descent", "accuracy", "weights")]
-    plots.plot_bits(shown, paths[0])
-    logs = {
-        cost: json.loads((run.folder / "search" / f"sdq-{cost}.json").read_text()) for cost in {e["cost"] for e in sdq}
-    }
-    plots.plot_descent(logs, paths[1])
-    plots.plot_accuracy(rows, paths[2])
-    model = SDQForImageClassification.from_pretrained(run.folder / "models" / sdq[0]["name"])
-    plots.plot_weights(run.base, model.strategy, paths[3])
+    plots.plot_bits(shown, folder / "bits.png")
+    plots.plot_descent(logs, run.base.strategy, folder / "descent.png")
+    plots.plot_accuracy(rows, folder / "accuracy.png")
+    # Drawn after the fine-tune, from the real weights, which the packed file has no more.
+    shutil.copyfile(run.folder / "models" / first / "plots" / "weights.png", folder / "weights.png")
     return paths
+
+
+def write_cards(run: Run, entries: Sequence[Mapping[str, Any]], results: Mapping[str, Any]) -> None:
+    """Write README.md and its pictures into the folder of each packed model."""
+    from ..hub import card, plots
+
+    logs = _descents(run, entries)
+    for entry in entries:
+        folder = run.folder / "models" / entry["name"]
+        model = SDQForImageClassification.from_pretrained(folder)
+        plots.plot_bits({entry["name"]: model.strategy}, folder / "plots" / "bits.png")
+        if entry["method"] == "sdq":
+            cost = entry["cost"]
+            plots.plot_descent({cost: logs[cost]}, run.base.strategy, folder / "plots" / "descent.png")
+        shutil.copyfile(run.folder / "plots" / "accuracy.png", folder / "plots" / "accuracy.png")
+        text = card.create_card(model, folder, card.RunFacts(results, entry["name"]), run.arguments.run.hub_license)
+        write_text(folder / "README.md", str(text))
+
+
+def _descents(run: Run, entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Cost -> log of the SDQ search under it."""
+    costs = dict.fromkeys(entry["cost"] for entry in entries if entry["method"] == "sdq")
+    return {cost: json.loads((run.folder / "search" / f"sdq-{cost}.json").read_text()) for cost in costs}
+
+
+def _about_data(run: Run) -> dict[str, Any]:
+    """Name of the data, its Hub id if it has one, and how many images each split has."""
+    dataset = run.arguments.data.dataset
+    local = dataset is not None and Path(dataset).exists()
+    name = "a sample of Fashion-MNIST" if dataset is None else Path(dataset).resolve().name if local else dataset
+    hub_id = "zalando-datasets/fashion_mnist" if dataset is None else None if local else dataset
+    sizes = {f"{split}_images": len(images) for split, images in run.data.splits.items()}
+    return {"name": name, "hub_id": hub_id, **sizes}

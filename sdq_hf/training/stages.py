@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..costs import get_cost
+from ..layers import input_quantizers
 from ..modeling_sdq import SDQForImageClassification, create_backbone
 from ..search import SearchLog, SearchState, search
 from ..search.descent import Descent
@@ -48,7 +49,10 @@ _LEFT_BY = {
 # What shows that a stage has been run.
 _RESULT_OF = {"teacher": "teacher/model.safetensors", "search": "search/strategies.json", "finetune": "models"}
 # Options that may differ when a run is resumed.
-_FREE = {"stage", "resume", "output_dir", "report_to", "workers", "prefetch_factor", "pin_memory", "cpu"}
+_FREE = {
+    *("stage", "resume", "output_dir", "report_to", "workers", "prefetch_factor", "pin_memory", "cpu"),
+    *("push_to_hub", "hub_model_id", "hub_private_repo", "hub_license"),
+}
 
 
 class Run:
@@ -383,6 +387,8 @@ class Run:
             self._finetune_one(name, Strategy.from_json(entry["strategy"]), record)
 
     def _finetune_one(self, name: str, strategy: Strategy, record: Path) -> None:
+        from ..hub.plots import plot_weights
+
         options, data, loaders = self.arguments.finetune, self.arguments.data, self.loaders()
         set_seed(self.arguments.run.seed)
         model = self._quantize(self.network)
@@ -425,6 +431,7 @@ class Run:
             beside = folder.with_name(f".{name}.new")
             _remove(beside)
             model.eval().save_pretrained(beside, print_size=False)
+            plot_weights(model, beside / "plots" / "weights.png")
             _check_reloaded(model, beside, next(iter(loaders["validation"]))["pixel_values"])
             _remove(folder)
             os.replace(beside, folder)
@@ -444,9 +451,8 @@ class Run:
     def _calibrate(self, model: SDQForImageClassification) -> None:
         """Fit activation steps to the main process's images; all ranks take its result."""
         model.calibrate(self.loaders()["calibration"])
-        for layer in model.quantized_layers().values():
-            if layer.input_quantizer is not None:
-                layer.input_quantizer.load_state_dict(broadcast(dict(layer.input_quantizer.state_dict())))
+        for quantizer in input_quantizers(model).values():
+            quantizer.load_state_dict(broadcast(dict(quantizer.state_dict())))
 
     def _kd_teacher(self) -> nn.Module:
         options = self.arguments.finetune
@@ -565,8 +571,12 @@ def _check_reloaded(model: SDQForImageClassification, folder: Path, images: Tens
 
 
 def write_json(path: Path, data: Any) -> None:
+    write_text(path, json.dumps(data, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    _beside(path, lambda beside: beside.write_text(json.dumps(data, indent=1) + "\n"))
+    _beside(path, lambda beside: beside.write_text(text, encoding="utf-8"))
 
 
 def save_tensors(state: dict[str, Tensor], path: Path) -> None:
@@ -587,4 +597,4 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-__all__ = ["STAGES", "Interrupted", "Run", "write_json"]
+__all__ = ["STAGES", "Interrupted", "Run", "write_json", "write_text"]

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sdq_hf import SDQForImageClassification
+from sdq_hf import LayerBits, SDQForImageClassification, Strategy
 from sdq_hf.hub import plots
 
 
@@ -37,12 +37,17 @@ def test_the_heat_map_replays_the_moves():
         "budgets": [5.5],
         "moves": [{"layer": n, "batch": at, "to": to, "cost": cost} for n, at, to, cost in moves],
     }
-    cost, layers = plots.figure_descent({"bits": log}).axes[:2]
+    sizes = Strategy.of({name: LayerBits(6, 4, weights, 10) for name, weights in (("a", 1), ("b", 2), ("c", 3))})
+    cost, layers = plots.figure_descent({"bits": log}, sizes).axes[:2]
     (image,) = layers.get_images()
     assert image.get_array().tolist() == [[6] * 5, [6, 6, 5, 5, 4], [3, 3, 3, 3, 2]]
     line, budget = cost.get_lines()
     assert line.get_xydata().tolist() == [[0, 10], [2, 9], [4, 7], [4, 5]]
     assert list(budget.get_ydata()) == [5.5, 5.5]
+    # A search under BitOPs shows the average bits as well.
+    axes = plots.figure_descent({"bitops": {**log, "cost": "bitops"}}, sizes).axes
+    (average,) = next(axis for axis in axes if axis.get_ylabel() == "average bits").get_lines()
+    assert average.get_ydata().tolist() == [27 / 6, 25 / 6, 22 / 6, 20 / 6]
 
 
 def row(name, method, cost="bits", **values):
@@ -65,21 +70,28 @@ def test_points_stand_at_size_bitops_accuracy_and_kl():
     assert names == ["sdq-bits-2", "uniform-2", "full precision"]
 
 
-def test_histograms_hold_all_weights_and_the_lines_are_levels_that_occur(model):
-    strategy = model.strategy.with_bits(2)
-    figure = plots.figure_weights(model, strategy, count=2)
-    for axis in figure.axes:
-        name = axis.get_title(loc="left").split(":")[0]
-        assert sum(bar.get_height() for bar in axis.patches) == strategy[name].num_weights
-        assert [line.get_xdata()[0] for line in axis.get_lines()] == pytest.approx([-1, -1 / 3, 1 / 3, 1])
+def test_histograms_hold_all_weights_and_the_lines_are_levels_that_occur(model, tmp_path):
+    model.set_strategy(2)
+    model.calibrate([torch.randn(4, 3, 16, 16)])
+    model.save_pretrained(tmp_path, print_size=False)
+    loaded = SDQForImageClassification.from_pretrained(tmp_path)
+    for one in (model, loaded):
+        for axis in plots.figure_weights(one, count=2).axes:
+            name = axis.get_title(loc="left").split(":")[0]
+            assert sum(bar.get_height() for bar in axis.patches) == model.strategy[name].num_weights
+            assert [line.get_xdata()[0] for line in axis.get_lines()] == pytest.approx([-1, -1 / 3, 1 / 3, 1])
+    # A loaded model's bars are the counts of its codes.
+    layer = loaded.quantized_layers()[name]
+    counts = torch.bincount(layer.weight_quantizer.codes(layer.weight).flatten().int(), minlength=4)
+    assert [bar.get_height() for bar in axis.patches] == counts.tolist()
 
 
 def test_pictures_are_written_whole(model, tmp_path):
     plots.plot_bits({"sdq": model.strategy}, tmp_path / "bits.png")
-    plots.plot_weights(model, model.strategy, tmp_path / "weights.png")
+    plots.plot_weights(model, tmp_path / "weights.png")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bits.png", "weights.png"]
     with Image.open(tmp_path / "bits.png") as picture:
         assert np.asarray(picture).std() > 10
-    for empty in (lambda: plots.figure_bits({}), lambda: plots.figure_accuracy([]), lambda: plots.figure_descent({})):
+    for empty in (lambda: plots.figure_bits({}), lambda: plots.figure_accuracy([]), lambda: plots.figure_descent({}, model.strategy)):
         with pytest.raises(ValueError, match="to plot"):
             empty()

@@ -1,0 +1,173 @@
+"""Publishing on the Hub: everything of a model in one commit, and the budgets of a run as revisions of one repository."""
+
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.utils import validate_repo_id
+
+from ..modeling_sdq import SDQForImageClassification
+from .card import RunFacts, create_card, with_repo_id
+
+# The HTTP library's own error: which library that is differs between versions of huggingface_hub.
+_HTTPError: type[Exception] = HfHubHTTPError.__bases__[0]
+
+# What one publication may leave behind for the next to clear away.
+_OWN_FILES = ("*.safetensors", "*.safetensors.index.json", "plots/*.png", "sdq_remote.py")
+
+
+class PublishError(RuntimeError):
+    """Nothing was published; the message says why, and where the model is."""
+
+
+def check_access(repo_id: str, token: str | bool | None = None) -> None:
+    """Whether the Hub is there, knows the user, and `repo_id` is a name it takes; else `PublishError`. Writes nothing."""
+    with _explained(repo_id, "before anything was done"):
+        validate_repo_id(repo_id)
+        HfApi(token=token).whoami()
+
+
+def publish_folder(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    commit_message: str | None = None,
+    commit_description: str | None = None,
+    create_pr: bool = False,
+    card: str | ModelCard | None = None,
+) -> str:
+    """Publish a folder that `save_pretrained` wrote, in one commit; gives the commit's address.
+
+    The folder is loaded first, so that what is published can be loaded. The card is `card`, or the folder's README.md, or one
+    that is written; its placeholder id is replaced by `repo_id`. The folder itself is not changed. A branch `revision` is
+    made when it is missing. Files of an earlier publication that this one lacks are deleted in the same commit.
+
+    Raises `PublishError` when the Hub cannot be reached or refuses; `ValueError` when the folder holds no such model, or its
+    card has metadata that is no YAML.
+    """
+    folder = Path(folder)
+    model = SDQForImageClassification.from_pretrained(folder)
+    if card is None:
+        path = folder / "README.md"
+        card = _checked(path) if path.exists() else create_card(model, folder)
+    files = [path for path in folder.rglob("*") if path.is_file() and not _hidden(path.relative_to(folder))]
+    names = [path.relative_to(folder).as_posix() for path in files]
+    with _explained(repo_id, f"the model is in {folder}"):
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None and not revision.startswith("refs/") and revision != "main":
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        operations: list[Any] = [
+            CommitOperationAdd(name, path) for name, path in zip(names, files, strict=True) if name != "README.md"
+        ]
+        operations.append(CommitOperationAdd("README.md", with_repo_id(str(card), repo_id).encode()))
+        there = api.list_repo_files(repo_id, revision=revision)
+        stale = [name for name in there if name not in names and any(Path(name).match(p) for p in _OWN_FILES)]
+        operations += [CommitOperationDelete(name) for name in stale]
+        commit = api.create_commit(
+            repo_id,
+            operations,
+            commit_message=commit_message
+            or f"Upload {model.config.architecture}, {model.strategy.average_bits():.2f} bits",
+            commit_description=commit_description,
+            revision=revision,
+            create_pr=create_pr,
+        )
+    return commit.pr_url or commit.commit_url
+
+
+def publish_model(
+    model: SDQForImageClassification,
+    repo_id: str,
+    *,
+    card: str | ModelCard | None = None,
+    license: str | None = None,
+    remote_code: bool = False,
+    max_shard_size: int | str = "50GB",
+    **options: Any,
+) -> str:
+    """Publish a model in memory: `SDQForImageClassification.push_to_hub`; `options` are those of `publish_folder`."""
+    from .plots import plot_bits, plot_weights
+
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        model.save_pretrained(folder, max_shard_size=max_shard_size, remote_code=remote_code, print_size=False)
+        if card is None:
+            plot_bits({"sdq": model.strategy}, folder / "plots" / "bits.png")
+            if any(not layer.pinned for layer in model.strategy.values()):
+                plot_weights(model, folder / "plots" / "weights.png")
+            card = create_card(model, folder, license=license)
+        return publish_folder(folder, repo_id, card=card, **options)
+
+
+def publish_run(folder: str | Path, repo_id: str, license: str | None = None, **options: Any) -> dict[str, str]:
+    """Publish a finished run of `scripts/run_sdq.py`: each SDQ budget on a branch, such as `w2.5`, the first on `main` too.
+
+    Cards are written with links to all of them. Gives revision -> address of its commit. Options and errors are those of
+    `publish_folder`.
+    """
+    folder = Path(folder)
+    results = json.loads((folder / "results.json").read_text())
+    revisions = {row["name"]: revision_of(row) for row in results["rows"] if row["method"] == "sdq"}
+    if not revisions:
+        raise ValueError(f"{folder}: results.json has no row of an SDQ search to publish.")
+    found = {}
+    for name, revision in [*revisions.items(), (next(iter(revisions)), None)]:
+        path = folder / "models" / name
+        model = SDQForImageClassification.from_pretrained(path)
+        card = create_card(model, path, RunFacts(results, name, revisions), license=license, revision=revision)
+        found[revision or "main"] = publish_folder(path, repo_id, card=card, revision=revision, **options)
+    return found
+
+
+def revision_of(row: Mapping[str, Any]) -> str:
+    """The branch for a row of a run: `w2.5` for 2.5 average bits, `bitops-w2` for the BitOPs of uniform 2 bits."""
+    budget = row["name"].rpartition("-")[2]
+    return f"w{budget}" if row["cost"] == "bits" else f"{row['cost']}-w{budget}"
+
+
+def _checked(path: Path) -> str:
+    """The text of a card whose metadata can be read."""
+    try:
+        ModelCard.load(path)
+    except Exception as error:  # yaml has a dozen kinds of errors, huggingface_hub more
+        raise ValueError(f"{path}: the metadata of the card cannot be read: {' '.join(str(error).split())}") from error
+    return path.read_text(encoding="utf-8")
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+@contextmanager
+def _explained(repo_id: str, kept: str) -> Iterator[None]:
+    """Errors of the Hub's client as one line that says what to do."""
+    try:
+        yield
+    except HFValidationError as error:
+        raise PublishError(f"{repo_id!r} is no name of a repository, such as org/name: {error}") from error
+    except (LocalTokenNotFoundError, OfflineModeIsEnabled, _HTTPError, OSError) as error:
+        raise PublishError(f"Cannot publish {repo_id}: {_reason(error)} ({kept})") from error
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, LocalTokenNotFoundError):
+        return "no token: log in with `hf auth login`, or set HF_TOKEN"
+    if isinstance(error, OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set"
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status == 401:
+        return "the Hub does not know the token (401): log in with `hf auth login`, or set HF_TOKEN"
+    if status == 403:
+        return "the token may not write there (403)"
+    if status is None:
+        return f"the Hub cannot be reached: {error}"
+    return f"the Hub answered {status}: {' '.join(str(error).split())}"

@@ -1,0 +1,27 @@
+"""The image processor: timm's evaluation transforms, read from config.json."""
+
+from typing import Any
+
+from torch import Tensor
+from transformers.image_transforms import to_pil_image
+from transformers.image_utils import make_flat_list_of_images
+from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmWrapperImageProcessor
+
+
+class SDQImageProcessor(TimmWrapperImageProcessor):
+    """As `TimmWrapperImageProcessor`; images of any mode are brought to the network's channels, 1 (grey) or 3 (RGB).
+
+    Without it a network for grey images would not work in a `pipeline`, which loads every image as RGB.
+    """
+
+    def preprocess(self, images: Any, return_tensors: Any = "pt", **kwargs: Any) -> Any:
+        """Images (PIL, numpy, or lists of them) -> `pixel_values`, float32 [B, C, H, W]; tensors are only transformed."""
+        if not isinstance(images, Tensor):
+            mode = {1: "L", 3: "RGB"}.get(self.data_config["input_size"][0])
+            images = [to_pil_image(image) for image in make_flat_list_of_images(images)]
+            images = [image.convert(mode) for image in images] if mode else images
+        return super().preprocess(images, return_tensors=return_tensors, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = None) -> None:
+        """Does nothing: the code is in the package, and no copy of it is to be saved with a model."""

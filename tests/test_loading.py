@@ -1,0 +1,320 @@
+"""Saving and loading as transformers' users know it, and files that are damaged or do not fit."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, pipeline
+
+from sdq_hf import SDQConfig, SDQForImageClassification
+from sdq_hf.checkpoint import DIGEST, CheckpointError
+from sdq_hf.layers import QuantizedLayer
+
+from .test_modeling_sdq import create, images, logits
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Every bitwidth from 1 to 8 in one network, and a head for 10 classes."""
+    model = create("resnet20_cifar")
+    names = model.strategy.searchable
+    model.set_strategy({name: 1 + i % 8 for i, name in enumerate(names)})
+    return model
+
+
+@pytest.fixture(scope="module")
+def saved(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    model.save_pretrained(folder, print_size=False)
+    return folder
+
+
+@pytest.fixture
+def folder(saved, tmp_path):
+    """A copy of the saved model, to be damaged."""
+    return shutil.copytree(saved, tmp_path / "model")
+
+
+@pytest.mark.parametrize("keywords", [{"device_map": "cpu"}, {"device_map": "auto"}, {"local_files_only": True}])
+def test_logits_stay_bit_identical_whatever_transformers_is_asked_for(model, saved, keywords):
+    loaded = AutoModelForImageClassification.from_pretrained(saved, **keywords)
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_sharded_files(model, tmp_path):
+    model.save_pretrained(tmp_path, max_shard_size="20KB", print_size=False)
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 3
+    assert torch.equal(logits(SDQForImageClassification.from_pretrained(tmp_path)), logits(model))
+    first = sorted(tmp_path.glob("model-*.safetensors"))[0]
+    save_file({key: value for key, value in load_file(first).items() if not key.endswith("packed")}, first)
+    with pytest.raises(CheckpointError, match="missing"):
+        SDQForImageClassification.from_pretrained(tmp_path)
+
+
+def test_the_footprint_counts_what_is_in_memory(saved):
+    loaded = SDQForImageClassification.from_pretrained(saved)
+    tensors = [*loaded.parameters(), *loaded.buffers()]
+    assert loaded.get_memory_footprint() == sum(t.numel() * t.element_size() for t in tensors)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pipeline_and_processor(tmp_path, channels):
+    names = {i: f"class {i}" for i in range(10)}
+    torch.manual_seed(0)
+    model = SDQForImageClassification.from_timm(
+        "resnet8_cifar", id2label=names, img_size=32, model_args={"in_chans": channels}
+    )
+    picture = Image.fromarray((255 * torch.rand(40, 50, 3, generator=torch.Generator().manual_seed(0))).byte().numpy())
+    model.calibrate([torch.randn(4, channels, 32, 32)])
+    model.save_pretrained(tmp_path, print_size=False)
+    pixels = AutoImageProcessor.from_pretrained(tmp_path)(picture)["pixel_values"]
+    assert pixels.shape == (1, channels, 32, 32)
+    expected = logits(model.eval(), pixels).softmax(-1)[0]
+    classify = pipeline("image-classification", model=str(tmp_path), device="cpu")
+    for answer in classify(picture, top_k=10):
+        assert answer["score"] == pytest.approx(expected[int(answer["label"][-1])].item(), abs=1e-6)
+    # An image of another mode is brought to the network's channels.
+    for mode in ("L", "RGB", "RGBA", "P", "1"):
+        assert len(classify(picture.convert(mode))) == 5
+
+
+def test_without_the_import_transformers_refuses(saved):
+    code = "import sys; from transformers import AutoModelForImageClassification as A; A.from_pretrained(sys.argv[1])"
+    done = subprocess.run([sys.executable, "-c", code, str(saved)], capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "`sdq`" in done.stderr
+
+
+# Quantized citizenship -----------------------------------------------------------------------------------------------
+
+
+def test_a_model_is_quantized_before_and_after_loading(model, saved):
+    for one in (model, SDQForImageClassification.from_pretrained(saved)):
+        assert one.is_quantized
+        assert one.quantization_method == "sdq"
+        assert one.config.quantization_config.quant_method == "sdq"
+    assert json.loads((saved / "config.json").read_text())["quantization_config"] == {"quant_method": "sdq"}
+
+
+@pytest.mark.parametrize("activation_bits", [4, 32])
+def test_dequantize_gives_a_float_model_with_the_same_logits(tmp_path, activation_bits):
+    model = create("resnet20_cifar", activation_bits=activation_bits)
+    model.set_strategy({name: 1 + i % 8 for i, name in enumerate(model.strategy.searchable)})
+    expected = logits(model)
+    model.save_pretrained(tmp_path / "packed", print_size=False)
+    loaded = SDQForImageClassification.from_pretrained(tmp_path / "packed")
+    plain = loaded.dequantize()
+    assert plain is loaded
+    assert not plain.is_quantized
+    assert not any("weight_quantizer" in name for name, _ in plain.named_modules())
+    assert torch.equal(logits(plain), expected)
+    assert {layer.weight_bits for layer in plain.strategy.values()} == {32}
+    plain.save_pretrained(tmp_path / "float", print_size=False)
+    weights = 4 * sum(p.numel() for p in plain.parameters())
+    assert (tmp_path / "float" / "model.safetensors").stat().st_size > weights
+    assert "quantization_config" not in json.loads((tmp_path / "float" / "config.json").read_text())
+    again = AutoModelForImageClassification.from_pretrained(tmp_path / "float")
+    assert torch.equal(logits(again), expected)
+    again.train()
+    assert torch.equal(logits(again.eval()), expected)
+    assert again.half().dtype == torch.float16
+    # A weight is now an ordinary parameter that training moves.
+    again.float().train()(images()).logits.sum().backward()
+    assert again.timm_model.fc.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    "cast", ["half", "bfloat16", lambda m: m.to(torch.float16), lambda m: m.to("cpu", torch.bfloat16)]
+)
+def test_casting_that_would_change_the_numbers_is_refused(saved, cast):
+    loaded = SDQForImageClassification.from_pretrained(saved)
+    expected = logits(loaded)
+    with pytest.raises(ValueError, match=r"dequantize|not supported for quantized"):
+        getattr(loaded, cast)() if isinstance(cast, str) else cast(loaded)
+    assert torch.equal(logits(loaded.float()), expected)
+
+
+def test_a_model_loaded_in_bfloat16_has_the_same_codes(model, saved, tmp_path):
+    loaded = SDQForImageClassification.from_pretrained(saved, dtype=torch.bfloat16)
+    assert loaded.dtype == torch.bfloat16
+    layer = loaded.quantized_layers()["layer1.0.conv1"]
+    assert layer.weight.dtype == torch.bfloat16
+    assert layer.weight_quantizer.scale.dtype == layer.input_quantizer.step.dtype == torch.float32
+    output = logits(loaded, images().bfloat16())
+    assert output.dtype == torch.bfloat16
+    reference = logits(model)
+    # bfloat16 keeps 8 bits of a number.
+    assert (output.float() - reference).abs().max() < 0.1 * reference.abs().max()
+    loaded.train()
+    loaded.save_pretrained(tmp_path, print_size=False)
+    before, after = (load_file(path / "model.safetensors") for path in (saved, tmp_path))
+    for key, value in before.items():
+        if key.endswith(("packed", "scale", "step", "signed")):
+            assert torch.equal(value, after[key]), key
+
+
+def test_a_new_head_is_made_when_asked_for_and_all_else_stays(model, saved, tmp_path):
+    with pytest.raises(ValueError, match=r"head 'timm_model\.fc'.*4 classes.*ignore_mismatched_sizes"):
+        SDQForImageClassification.from_pretrained(saved, num_labels=4)
+    loaded = AutoModelForImageClassification.from_pretrained(saved, num_labels=4, ignore_mismatched_sizes=True)
+    head = loaded.timm_model.fc
+    assert logits(loaded).shape == (4, 4)
+    assert head.weight.isfinite().all()
+    assert head.weight.std() > 0.01
+    assert head.bias.abs().max() < 1
+    assert loaded.strategy["fc"].num_weights == head.weight.numel() == 4 * 64
+    with torch.no_grad():
+        assert torch.equal(loaded.timm_model.forward_features(images()), model.timm_model.forward_features(images()))
+    loaded.train()(images(), labels=torch.tensor([0, 1, 2, 3])).loss.backward()
+    loaded.eval().save_pretrained(tmp_path, print_size=False)
+    assert torch.equal(logits(SDQForImageClassification.from_pretrained(tmp_path)), logits(loaded))
+
+
+@pytest.mark.parametrize("form", ["lsq", "dorefa", "entropy"])
+def test_load_state_dict_takes_the_tensors_of_a_packed_file(tmp_path, form):
+    model, other = (create("resnet8_cifar", seed, weight_quantizer=form) for seed in (0, 1))
+    for one in (model, other):
+        one.set_strategy({name: 1 + i for i, name in enumerate(model.strategy.searchable)})
+    model.save_pretrained(tmp_path, print_size=False)
+    result = other.train().load_state_dict(load_file(tmp_path / "model.safetensors"))
+    assert result.missing_keys == result.unexpected_keys == []
+    assert torch.equal(logits(other.eval()), logits(model))
+    # They are real weights to train, quantized in the forward pass.
+    other.train()(images()).logits.sum().backward()
+    assert not any(layer.weight_quantizer.exact for layer in other.quantized_layers().values())
+
+
+def test_every_layer_of_a_deep_copy_keeps_its_own_quantizers(model):
+    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    assert all(isinstance(layer, QuantizedLayer) for layer in layers)
+
+
+# Damaged files -------------------------------------------------------------------------------------------------------
+
+
+def edit(folder, change):
+    path = folder / "model.safetensors"
+    state = load_file(path)
+    change(state)
+    state.pop(DIGEST)
+    save_file(state, path, metadata={"format": "pt"})
+
+
+def _reshape(state):
+    state["timm_model.fc.weight_packed"] = state["timm_model.fc.weight_packed"][:-1]
+
+
+def _retype(state):
+    state["timm_model.fc.weight_packed"] = state["timm_model.fc.weight_packed"].float()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("timm_model.layer1.0.conv1.weight_packed"), r"layer1\.0\.conv1\.weight_packed"),
+        (lambda s: s.update(extra=torch.zeros(1)), "'extra' has no place"),
+        (_reshape, r"fc\.weight_packed' has shape \(639,\), expected \(640,\)"),
+        (_retype, r"fc\.weight_packed' is of type F32, expected U8"),
+        (lambda s: s["timm_model.fc.weight_quantizer.scale"].fill_(float("nan")), r"fc'.*scale.*nan"),
+        (lambda s: s["timm_model.fc.weight_quantizer.scale"].fill_(-1.0), r"fc'.*scale.*-1"),
+        (lambda s: s["timm_model.conv1.input_quantizer.step"].fill_(float("inf")), r"conv1'.*step.*inf"),
+        (lambda s: s["timm_model.conv1.input_quantizer.signed"].fill_(7), r"conv1'.*sign.*7"),
+    ],
+)
+def test_a_file_that_does_not_fit_is_refused_by_name(folder, change, message):
+    edit(folder, change)
+    with pytest.raises(CheckpointError, match=message):
+        SDQForImageClassification.from_pretrained(folder)
+
+
+def test_the_same_model_gives_the_same_bytes(model, saved, tmp_path):
+    for i in range(5):
+        model.save_pretrained(tmp_path / str(i), print_size=False)
+        for name in ("model.safetensors", "config.json"):
+            assert (tmp_path / str(i) / name).read_bytes() == (saved / name).read_bytes()
+
+
+def test_truncated_and_flipped_files_are_refused(folder):
+    path = folder / "model.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-100])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is no readable"):
+        SDQForImageClassification.from_pretrained(folder)
+    for place in (len(whole) - 1, len(whole) // 2):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(CheckpointError, match="digest"):
+            SDQForImageClassification.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("value", [0, 9, -1, 2.5, "3", float("nan"), float("inf"), None, True, [3], 10**400])
+def test_bits_that_no_layer_can_have_are_refused(folder, value):
+    path = folder / "config.json"
+    for field in ("activation_bits", "first_last_bits", "candidates", "pins", "weight_bits"):
+        config = json.loads(path.read_text())
+        if field == "weight_bits":
+            config["strategy"][3][field] = value
+        else:
+            config[field] = {"candidates": [2, value], "pins": {"fc": value}}.get(field, value)
+        with pytest.raises(ValueError, match=field):
+            SDQConfig.from_dict(config)
+        path.with_name("other").mkdir(exist_ok=True)
+        (path.with_name("other") / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match=field):
+            AutoConfig.from_pretrained(path.with_name("other"))
+
+
+def _set(**fields):
+    return lambda config: config.update(fields)
+
+
+def _layer(index, **fields):
+    return lambda config: config["strategy"][index].update(fields)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_set(architecture="/etc/passwd"), "architecture"),
+        (_set(architecture="hf-hub:org/model"), "architecture"),
+        (_set(architecture="https://example.org/net.pth"), "architecture"),
+        (_set(architecture="../../net"), "architecture"),
+        (_set(architecture="resnet20_cifar.nowhere"), "resnet20_cifar.nowhere"),
+        (_set(architecture="resnet21_cifar"), "resnet20_cifar"),
+        (_set(architecture=None), "architecture"),
+        (_set(model_args={"checkpoint_path": "/etc/passwd"}), "checkpoint_path"),
+        (_set(model_args={"pretrained_cfg": {"url": "https://example.org"}}), "pretrained_cfg"),
+        (_set(model_args={"num_classes": 3}), "num_labels"),
+        (_set(model_args={"width": 10**9}), "width"),
+        (_set(model_args={"nonsense": 1}), "nonsense"),
+        (_set(model_args=[1]), "model_args"),
+        (_set(model_args={"width": 64}), r"conv1.*weights"),
+        (_set(num_labels=10**12), "num_labels"),
+        (_set(id2label={"0": "a", "5": "b"}), "id2label"),
+        (_set(pretrained_cfg={"input_size": [3, 10**9, 10**9]}), "input_size"),
+        (_set(pretrained_cfg={"input_size": [3, 32, 32], "mean": ["a"]}), "mean"),
+        (_set(pretrained_cfg={"input_size": [3, 32, 32], "std": [0, 0, 0]}), "std"),
+        (_set(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}), "quant_method"),
+        (_set(strategy={}), "list of layers"),
+        (_layer(3, layer="layer9.0.conv1"), r"layer9\.0\.conv1"),
+        (_layer(3, layer="conv1"), r"conv1.*again"),
+        (_layer(3, num_weights=10**15), "weights"),
+        (_layer(3, num_weights=-5), "num_weights"),
+        (_layer(3, surprise=1), "fields"),
+        (lambda c: c["strategy"].pop(3), "lacks the layer"),
+        (lambda c: c["strategy"].extend({**c["strategy"][0], "layer": f"x{i}"} for i in range(10**5)), "No layer 'x0'"),
+        (_layer(3, weight_bits=7), r"weight_packed' has shape"),
+    ],
+)
+def test_a_configuration_that_describes_no_network_of_the_file_is_refused(folder, change, message):
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    change(config)
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        SDQForImageClassification.from_pretrained(folder)
