@@ -154,11 +154,11 @@ def _explained(repo_id: str, kept: str) -> Iterator[None]:
         yield
     except HFValidationError as error:
         raise PublishError(f"{repo_id!r} is no name of a repository, such as org/name: {error}") from error
-    except (LocalTokenNotFoundError, OfflineModeIsEnabled, _HTTPError, OSError) as error:
+    except (LocalTokenNotFoundError, OfflineModeIsEnabled, _HTTPError, OSError, RuntimeError) as error:
         raise PublishError(f"Cannot publish {repo_id}: {_reason(error)} ({kept})") from error
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     if isinstance(error, LocalTokenNotFoundError):
         return "no token: log in with `hf auth login`, or set HF_TOKEN"
     if isinstance(error, OfflineModeIsEnabled):
@@ -168,6 +168,9 @@ def _reason(error: Exception) -> str:
         return "the Hub does not know the token (401): log in with `hf auth login`, or set HF_TOKEN"
     if status == 403:
         return "the token may not write there (403)"
-    if status is None:
-        return f"the Hub cannot be reached: {error}"
-    return f"the Hub answered {status}: {' '.join(str(error).split())}"
+    if status is not None:
+        return f"the Hub answered {status}: {' '.join(str(error).split())}"
+    if isinstance(error, RuntimeError) and error.__cause__ is not None:
+        # What the client makes of a failed upload of a large file.
+        return f"{error} {_reason(error.__cause__)}"
+    return f"the Hub cannot be reached: {error}"

@@ -92,6 +92,10 @@ def test_pictures_are_written_whole(model, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bits.png", "weights.png"]
     with Image.open(tmp_path / "bits.png") as picture:
         assert np.asarray(picture).std() > 10
-    for empty in (lambda: plots.figure_bits({}), lambda: plots.figure_accuracy([]), lambda: plots.figure_descent({}, model.strategy)):
+    for empty in (
+        lambda: plots.figure_bits({}),
+        lambda: plots.figure_accuracy([]),
+        lambda: plots.figure_descent({}, model.strategy),
+    ):
         with pytest.raises(ValueError, match="to plot"):
             empty()

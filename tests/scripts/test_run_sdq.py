@@ -4,6 +4,7 @@ import importlib.util
 import io
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -18,10 +19,17 @@ import torch
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState, GradientState
 from datasets import ClassLabel, Dataset, Features, Image
+from huggingface_hub import ModelCard
 from PIL import Image as PILImage
 from safetensors.torch import load_file
 
 from sdq_hf import SDQForImageClassification, Strategy
+from sdq_hf.hub.card import python_snippets
+from sdq_hf.training.arguments import parse_arguments
+from tests.hub_server import HubServer, patch_client
+
+# The Hub client's own use of a deprecated argument when it uploads large files.
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=.*:DeprecationWarning")
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "run_sdq.py"
 SIZE, CLASSES = 16, 4
@@ -268,9 +276,78 @@ def test_two_processes_find_one_strategy_and_write_one_result(data, tmp_path):
         assert rows_of(folder)[name]["average_bits"] == model.strategy.average_bits() <= 6
 
 
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    with HubServer(tokens={"hf_good": "org-user"}) as server:
+        patch_client(monkeypatch, server, tmp_path / "home")
+        yield server
+
+
+def test_a_run_is_published_with_a_branch_for_each_budget(data, finished, hub, tmp_path, monkeypatch):
+    folder, out = shutil.copytree(finished[0], tmp_path / "run"), io.StringIO()
+    changes = {"stage": "evaluate", "push_to_hub": "true", "hub_model_id": "org-user/net", "hub_license": "mit"}
+    with redirect_stdout(out):
+        assert main(options(data, folder, **changes)) == 0
+    rows = rows_of(folder)
+    assert [line.split(":")[0] for line in out.getvalue().splitlines()[-3:]] == [
+        "Published w3",
+        "Published bitops-w3",
+        "Published main",
+    ]
+    for revision, name in (("main", "sdq-bits-3"), ("w3", "sdq-bits-3"), ("bitops-w3", "sdq-bitops-3")):
+        files = hub.files("org-user/net", revision)
+        assert files["model.safetensors"] == (folder / "models" / name / "model.safetensors").read_bytes()
+        text = files["README.md"].decode()
+        card = ModelCard(text).data
+        assert card.license == "mit"
+        assert [result.metric_value for result in card.eval_results] == [
+            round(rows[name][key] / 100, 4) for key in ("top1", "top5")
+        ]
+        for row in rows.values():
+            assert f"{row['top1']:.2f} | {row['kl']:.4f} | {row['average_bits']:.2f} |" in text
+        assert "https://huggingface.co/org-user/net/tree/bitops-w3" in text
+        pictures = {line.split("(")[1].rstrip(")") for line in text.splitlines() if line.startswith("![")}
+        assert pictures == {f"plots/{picture}.png" for picture in ("bits", "descent", "accuracy", "weights")}
+        assert pictures <= set(files)
+        # The command in the card, with a folder of data to fill in, is the one that was run.
+        command = next(line for line in text.splitlines() if "accelerate launch" in line).split("run_sdq.py")[1]
+        again = parse_arguments(shlex.split(command)).to_dict()
+        assert {k: v for k, v in again.items() if v != parse_arguments(options(data, folder)).to_dict()[k]} == {
+            "dataset": data.name,
+            "output_dir": "runs/sdq",
+            "cpu": False,
+        }
+        PILImage.new("RGB", (30, 40)).save(tmp_path / "photo.png")
+        monkeypatch.chdir(tmp_path)
+        for snippet in python_snippets(text):
+            exec(snippet, {})
+    revision = SDQForImageClassification.from_pretrained("org-user/net", revision="bitops-w3")
+    assert revision.strategy.bitops() == rows["sdq-bitops-3"]["bitops"]
+
+
+def test_a_publication_that_fails_leaves_the_result_and_says_how_to_publish_it(data, finished, hub, tmp_path, capsys):
+    folder = shutil.copytree(finished[0], tmp_path / "run")
+    changes = {"stage": "evaluate", "push_to_hub": "true", "hub_model_id": "org-user/net"}
+    hub.fail = lambda method, path: 503 if "/commit/" in path else None
+    assert main(options(data, folder, **changes)) == 1
+    captured = capsys.readouterr()
+    assert "503" in captured.err
+    assert f"sdq-hf push {folder} org-user/net" in captured.out
+    assert rows_of(folder) == rows_of(finished[0])
+
+
+def test_a_wrong_token_is_told_before_the_run(data, hub, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    changes = {"push_to_hub": "true", "hub_model_id": "org-user/net"}
+    assert main(options(data, tmp_path / "run", **changes)) == 2
+    assert "does not know the token" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"push_to_hub": "true"}, "--push_to_hub needs --hub_model_id"),
         ({"model": "resnet8_cifr"}, "resnet8_cifar"),
         ({"img_sise": 3}, "did you mean --img_size"),
         ({"target_bits": 9}, "between 1 and 8"),

@@ -1,0 +1,181 @@
+"""The command `sdq-hf`: look at models, compare their bits, publish them."""
+
+import argparse
+import math
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig
+
+from .checkpoint import DIGEST
+from .configuration_sdq import SDQConfig
+from .costs import bitops_text
+from .layers import PACKED
+from .strategy import FLOAT_BITS, LayerBits, Strategy
+
+_MODEL_HELP = "Folder of a saved model, or Hub id; a revision may follow after @, as in org/resnet18-sdq@w2.5."
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; gives the exit code: 0, or 2 after one line that says what is wrong."""
+    options = _parser().parse_args(argv)
+    try:
+        return options.run(options)
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"sdq-hf: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="sdq-hf",
+        description="Mixed-precision quantized timm models: look at them, compare their bits, publish them.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    info = commands.add_parser(
+        "info",
+        help="print the bits of every layer and the sizes",
+        description="Print the bits of every layer (its strategy) and the sizes of the file. Downloads config.json only.",
+    )
+    info.add_argument("model", help=_MODEL_HELP)
+    info.set_defaults(run=_info)
+
+    diff = commands.add_parser(
+        "diff",
+        help="compare the bits of two models",
+        description="List the layers whose bits differ between two models, and what the difference costs.",
+        epilog="Example: sdq-hf diff runs/demo/models/sdq-bits-2 runs/demo/models/greedy-bits-2",
+    )
+    diff.add_argument("first", help=_MODEL_HELP)
+    diff.add_argument("second", help=_MODEL_HELP)
+    diff.set_defaults(run=_diff)
+
+    push = commands.add_parser(
+        "push",
+        help="publish a model, or all budgets of a run, on the Hub",
+        description="Publish the folder of a saved model in one commit. Of a finished run of run_sdq.py, publish each SDQ "
+        "budget on a branch (w2.5, bitops-w2, ...) and the first on main. Log in first: hf auth login.",
+    )
+    push.add_argument("folder", type=Path, help="Folder of a saved model, or of a run (with results.json).")
+    push.add_argument("repo_id", help="Repository, such as org/resnet18-sdq; made when it is missing.")
+    push.add_argument("--private", action="store_true", default=None, help="Make the repository private.")
+    push.add_argument("--revision", help="Branch to publish on; made when it is missing. Not for a run.")
+    push.add_argument("--create-pr", action="store_true", help="Open a pull request in place of a commit.")
+    push.add_argument("--commit-message", help="Default: the network and its average bits.")
+    push.set_defaults(run=_push)
+    return parser
+
+
+def _info(options: argparse.Namespace) -> int:
+    config, files = _config(options.model), _tensors(options.model)
+    strategy = Strategy.from_json(config.strategy or [])
+    print(f"{options.model}: {config.architecture}, {config.num_labels} classes, images {list(config.input_size)}")
+    print(strategy.table())
+    whole = sum(size for size, _ in files.values())
+    values = [(name, count) for _, counts in files.values() for name, count in counts.items()]
+    rest = sum(count for name, count in values if not name.endswith(PACKED) and name != DIGEST)
+    float_bytes = 4 * (sum(layer.num_weights for layer in strategy.values()) + rest)
+    print(
+        f"file {whole / 1e3:,.1f} kB: {strategy.weight_bytes() / 1e3:,.1f} kB of packed weights, the rest biases, norms, "
+        f"scales and names; {float_bytes / whole:.1f}x smaller than {float_bytes / 1e3:,.1f} kB in float32"
+    )
+    return 0
+
+
+def _diff(options: argparse.Namespace) -> int:
+    names = (options.first, options.second)
+    first, second = (Strategy.from_json(_config(name).strategy or []) for name in names)
+    layers = [*first, *(name for name in second if name not in first)]
+    pairs = {name: (dict(first).get(name), dict(second).get(name)) for name in layers}
+    changed = {name: pair for name, pair in pairs.items() if _bits(pair[0]) != _bits(pair[1])}
+    print(f"{len(changed)} of {len(layers)} layers differ (W: weight bits, A: input bits)")
+    width = max((len(name) for name in changed), default=0)
+    for name, (mine, theirs) in changed.items():
+        print(f"{name:{width}}  {_bits(mine):>7} -> {_bits(theirs)}")
+    for title, strategy in zip(names, (first, second), strict=True):
+        print(
+            f"{title}: {strategy.average_bits():.2f} average bits, {strategy.weight_bytes() / 1e3:,.1f} kB of weights, "
+            f"{bitops_text(strategy.bitops())}"
+        )
+    return 0
+
+
+def _push(options: argparse.Namespace) -> int:
+    from .hub.publish import publish_folder, publish_run
+
+    if not options.folder.is_dir():
+        raise ValueError(f"{options.folder} is no folder.")
+    common = {
+        "private": options.private,
+        "create_pr": options.create_pr,
+        "commit_message": options.commit_message,
+    }
+    if (options.folder / "results.json").exists():
+        if options.revision:
+            raise ValueError("--revision is not for a run: each of its budgets has a branch of its own.")
+        for revision, address in publish_run(options.folder, options.repo_id, **common).items():
+            print(f"Published {revision}: {address}")
+    else:
+        print(f"Published: {publish_folder(options.folder, options.repo_id, revision=options.revision, **common)}")
+    return 0
+
+
+def _bits(layer: LayerBits | None) -> str:
+    if layer is None:
+        return "absent"
+    weights, inputs = ("float" if n == FLOAT_BITS else n for n in (layer.weight_bits, layer.activation_bits))
+    return f"W{weights} A{inputs}"
+
+
+def _split(model: str) -> tuple[str, str | None]:
+    if os.path.isdir(model):
+        return model, None
+    name, _, revision = model.partition("@")
+    return name, revision or None
+
+
+def _config(model: str) -> SDQConfig:
+    name, revision = _split(model)
+    config = AutoConfig.from_pretrained(name, revision=revision)
+    if not isinstance(config, SDQConfig):
+        raise ValueError(f"{model} is a model of type {config.model_type!r}, not 'sdq'.")
+    return config
+
+
+def _tensors(model: str) -> dict[str, tuple[int, Mapping[str, int]]]:
+    """File -> its size in bytes, and tensor -> number of values; from the headers alone."""
+    name, revision = _split(model)
+    if os.path.isdir(name):
+        found: dict[str, tuple[int, Mapping[str, int]]] = {}
+        for path in sorted(Path(name).glob("*.safetensors")):
+            try:
+                with safe_open(path, framework="pt") as file:
+                    counts = {key: math.prod(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+            except SafetensorError as error:
+                raise ValueError(f"{path} is no readable safetensors file: {error}") from error
+            found[path.name] = (path.stat().st_size, counts)
+        if not found:
+            raise ValueError(f"{model} has no safetensors file.")
+        return found
+    api = HfApi()
+    try:
+        metadata = api.get_safetensors_metadata(name, revision=revision).files_metadata
+        sizes = {
+            f.rfilename: f.size for f in api.model_info(name, revision=revision, files_metadata=True).siblings or ()
+        }
+    except HfHubHTTPError as error:
+        raise ValueError(f"{model}: {error}") from error
+    return {
+        file: (sizes[file] or 0, {key: tensor.parameter_count for key, tensor in header.tensors.items()})
+        for file, header in metadata.items()
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,87 @@
+"""The command line: what it prints is what the model says."""
+
+import pytest
+
+from sdq_hf.cli import main
+from tests.hub_server import HubServer, patch_client
+from tests.test_modeling_sdq import create
+
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=.*:DeprecationWarning")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    for name, bits in (("a", 3), ("b", 2)):
+        model = create("resnet8_cifar")
+        model.set_strategy(bits)
+        model.set_strategy({"layer1.0.conv1": 5})
+        model.save_pretrained(folder / name, print_size=False)
+    return model, str(folder / "a"), str(folder / "b")
+
+
+def test_info_prints_the_strategy_and_the_sizes(folders, capsys):
+    model, _, path = folders
+    assert main(["info", path]) == 0
+    printed = capsys.readouterr().out
+    assert model.strategy.table() in printed
+    assert f"{model.strategy.weight_bytes() / 1e3:,.1f} kB of packed weights" in printed
+    floats = sum(p.numel() for p in model.parameters()) + sum(b.numel() for b in model.buffers())
+    assert f"than {4 * floats / 1e3:,.1f} kB in float32" in printed
+
+
+def test_diff_lists_the_layers_that_differ(folders, capsys):
+    _, first, second = folders
+    assert main(["diff", first, second]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("7 of 10 layers differ")
+    assert "layer3.0.conv2" in printed
+    assert "W3 A4 -> W2 A4" in printed
+    assert "layer1.0.conv1" not in printed
+    assert main(["diff", first, first]) == 0
+    assert capsys.readouterr().out.startswith("0 of 10 layers differ")
+
+
+def test_push_info_and_diff_with_the_hub(folders, capsys, monkeypatch, tmp_path):
+    model, first, second = folders
+    with HubServer(tokens={"hf_good": "org-user"}) as hub:
+        patch_client(monkeypatch, hub, tmp_path)
+        assert main(["push", first, "org-user/net"]) == 0
+        assert main(["push", second, "org-user/net", "--revision", "w2", "--commit-message", "Two bits"]) == 0
+        assert hub.commits("org-user/net", "w2")[0][1] == "Two bits"
+        assert main(["info", "org-user/net@w2"]) == 0
+        assert model.strategy.table() in capsys.readouterr().out
+        assert main(["diff", first, "org-user/net@w2"]) == 0
+        assert "7 of 10 layers differ" in capsys.readouterr().out
+        # Neither has downloaded weights.
+        assert list((tmp_path / "hub").rglob("config.json"))
+        assert not list((tmp_path / "hub").rglob("*.safetensors"))
+        assert main(["info", "org-user/nowhere"]) == 2
+        assert main(["info", "org-user/net@nowhere"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["info", "/nowhere/at/all"], "/nowhere/at/all"),
+        (["push", "/nowhere/at/all", "org/name"], "no folder"),
+        (["diff", "{a}", "/nowhere"], "/nowhere"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_code_2(folders, capsys, arguments, message):
+    assert main([argument.replace("{a}", folders[1]) for argument in arguments]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("sdq-hf: error:")
+    assert message in error
+    assert "\n" not in error
+
+
+def test_help_teaches(capsys):
+    for arguments in (["--help"], ["info", "--help"], ["diff", "--help"], ["push", "--help"]):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert stop.value.code == 0
+    assert "hf auth login" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        main(["inof"])
+    assert stop.value.code == 2
