@@ -447,7 +447,10 @@ class SDQForImageClassification(PreTrainedModel):
 
         Activation steps must be fitted (`calibrate`, or any forward pass), else `ValueError` names the layer.
         """
+        for layer in self.quantized_layers().values():
+            layer.weight_quantizer.keep_positive(layer.weight_quantizer.scale)
         for name, quantizer in input_quantizers(self.timm_model).items():
+            quantizer.keep_positive(quantizer.step)
             if quantizer.step.item() <= 0:
                 raise ValueError(
                     f"Layer {name!r}: its activation step was never fitted. Call model.calibrate(images) before saving."

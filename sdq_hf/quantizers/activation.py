@@ -10,6 +10,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from .positive import KeepsPositive
+
 # Values that one tensor contributes to the fit of the step: enough for a 2-bit clip to be stable to about 1 %.
 _FIT_SAMPLES = 65536
 
@@ -85,7 +87,7 @@ def best_step(x: Tensor, bits: int, signed: bool) -> Tensor:
     return steps[errors.argmin()]
 
 
-class ActivationQuantizer(nn.Module):
+class ActivationQuantizer(KeepsPositive, nn.Module):
     """Quantizes a layer's input at `bits` with one learned `step`.
 
     State: `step` (parameter, 0-d float32; 0 means not fitted yet) and `signed` (buffer, 0-d uint8, 0 or 1). The first
@@ -114,14 +116,14 @@ class ActivationQuantizer(nn.Module):
         signed = bool((x < 0).any())
         self.signed.fill_(int(signed))
         self.step.copy_(best_step(x, self.bits, signed))
-        self._range = None
+        self._range = self._least = None
 
     def set_bits(self, bits: int) -> None:
         """Quantize at `bits` from now on; the next tensor fits step and sign anew."""
         self.bits = bits
         if not self.step.is_meta:
             self.step.data.zero_()
-        self._range = None
+        self._range = self._least = None
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -139,6 +141,7 @@ class ActivationQuantizer(nn.Module):
             return x
         if self._range is None and self.step.item() <= 0:
             self.fit(x)
+        self.keep_positive(self.step)
         low, high = self.range
         dtype, x = x.dtype, x.float()
         if torch.is_grad_enabled() and (x.requires_grad or self.step.requires_grad):

@@ -29,6 +29,7 @@ from .grids import (
     round_to_grid,
     spacing,
 )
+from .positive import KeepsPositive
 
 FORMS = ("dorefa", "entropy", "lsq")
 
@@ -131,7 +132,7 @@ def best_scale(w: Tensor, form: str, grid: str, bits: int) -> Tensor:
     return best
 
 
-class WeightQuantizer(nn.Module):
+class WeightQuantizer(KeepsPositive, nn.Module):
     """Quantizes one layer's weights at `bits`, 1 to 8.
 
     Holds one parameter, `scale` (0-d float32). `bits` is set by the model from its strategy and is not saved here.
@@ -160,10 +161,12 @@ class WeightQuantizer(nn.Module):
     @torch.no_grad()
     def fit_scale(self, w: Tensor) -> None:
         self.scale.copy_(best_scale(w, self.form, self.grid, self.bits))
+        self._least = None
 
     def forward(self, w: Tensor) -> Tensor:
         if self.exact:
             return w
+        self.keep_positive(self.scale)
         scale: Tensor = self.scale
         if torch.is_grad_enabled() and scale.requires_grad:
             scale = scale_gradient(scale, 1 / math.sqrt(w.numel() * half_range(self.grid, self.bits)))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..costs import get_cost
 from ..modeling_sdq import SDQForImageClassification
 from ..strategy import Strategy
-from ..training.optim import OptimizerArguments, PositiveScales, create_optimizer
+from ..training.optim import OptimizerArguments, create_optimizer
 from .descent import BudgetError, Descent
 from .errors import quantization_errors
 from .stochastic_weights import StochasticWeights, searching
@@ -291,7 +291,6 @@ class _Training:
     ):
         self.model, self.parameters, self.accelerator, self.scale = model, parameters, accelerator, scale
         self.optimizer = create_optimizer(model, OptimizerArguments(lr=lr, weight_decay=0.0)) if parameters else None
-        self.scales = PositiveScales(model)
 
     def step(self) -> bool:
         """Update the weights; False, and nothing is changed, where a gradient is not finite."""
@@ -307,7 +306,6 @@ class _Training:
             parameter.grad = grad.view(parameter.shape)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.scales.keep()
         return True
 
     def tensors(self) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .evaluation import evaluate
 from .interrupt import Interrupt
-from .optim import OptimizerArguments, PositiveScales, create_optimizer, create_scheduler
+from .optim import OptimizerArguments, create_optimizer, create_scheduler
 from .progress import Progress
 
 # (images, labels, progress of the training from 0 to 1) -> loss
@@ -70,7 +70,7 @@ def fit(
     scheduler = create_scheduler(optimizer, options, per_epoch)
     wrapped, prepared = accelerator.prepare(model, optimizer)
     ema = ModelEmaV3(model, decay=model_ema_decay, use_warmup=True) if model_ema else None
-    state, scales = FitState(), PositiveScales(model)
+    state = FitState()
     best = checkpoint_dir / "best.safetensors"
     checkpoint = _Checkpoint(accelerator, checkpoint_dir / "checkpoint", wrapped, prepared, ema)
     if resume and checkpoint.exists():
@@ -98,7 +98,6 @@ def fit(
                 if accelerator.sync_gradients and options.clip_grad > 0:
                     accelerator.clip_grad_norm_(wrapped.parameters(), options.clip_grad)
                 prepared.step()
-                scales.keep()
                 prepared.zero_grad()
             progress.batch(loss, len(batch["labels"]), note() if note else {})
             if not accelerator.sync_gradients:

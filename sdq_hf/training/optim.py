@@ -51,22 +51,6 @@ def parameter_groups(model: nn.Module, lr: float, weight_decay: float, scale_lr:
     return [group for group in groups if group["params"]]
 
 
-class PositiveScales:
-    """Keeps learned scales and steps above a hundredth of what they were when this was made.
-
-    An optimizer with a constant step length, as Adam's, could carry a small one past zero.
-    """
-
-    def __init__(self, model: nn.Module):
-        self._pairs = [(p, 0.01 * p.detach().abs()) for _, p in quantizer_parameters(model)]
-
-    @torch.no_grad()
-    def keep(self) -> None:
-        """Call after each update."""
-        for parameter, least in self._pairs:
-            torch.maximum(parameter, least, out=parameter)
-
-
 def check_names(options: OptimizerArguments) -> None:
     """`ValueError` with near names for an optimizer or a scheduler that is unknown."""
     for kind, name, known in (

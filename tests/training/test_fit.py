@@ -16,7 +16,6 @@ from sdq_hf.training.fit import fit
 from sdq_hf.training.losses import distillation, kl_divergence, ramp, total_bin_regularization
 from sdq_hf.training.optim import (
     OptimizerArguments,
-    PositiveScales,
     create_optimizer,
     create_scheduler,
     parameter_groups,
@@ -162,16 +161,21 @@ def test_scales_and_norms_are_not_decayed_and_scales_have_their_own_rate(quantiz
     assert sorted({round(g["lr"], 6) for g in optimizer.param_groups}) == [0.005, 0.1]
 
 
-def test_scales_stay_positive_whatever_the_optimizer_does(quantized):
+@pytest.mark.parametrize("use", ["forward", "save"])
+def test_scales_stay_positive_whatever_the_optimizer_does(quantized, tmp_path, use):
     model = copy.deepcopy(quantized)
-    guard = PositiveScales(model)
+    images = torch.randn(2, *model.config.input_size)
+    model.train()(images)
     scales = {n: p for n, p in model.named_parameters() if n.endswith((".scale", ".step"))}
     before = {n: p.item() for n, p in scales.items()}
     with torch.no_grad():
         for parameter in scales.values():
             parameter.sub_(1.0)
         scales["timm_model.fc.weight_quantizer.scale"].fill_(5.0)
-    guard.keep()
+    if use == "forward":
+        model(images)
+    else:
+        model.save_pretrained(tmp_path, print_size=False)
     for name, parameter in scales.items():
         expected = 5.0 if name == "timm_model.fc.weight_quantizer.scale" else max(before[name] - 1, 0.01 * before[name])
         assert parameter.item() == pytest.approx(expected)

@@ -1,0 +1,98 @@
+"""Fine-tune a quantized model with transformers' `Trainer`, with or without distillation.
+
+    python scripts/train_with_trainer.py --model runs/demo/models/sdq-bits-2 --output_dir runs/trainer
+    python scripts/train_with_trainer.py --model org/resnet18-sdq --dataset FOLDER_OR_HUB_ID --output_dir runs/trainer \
+        --teacher runs/demo/teacher/model.safetensors
+
+All options of `TrainingArguments` are taken: --learning_rate, --num_train_epochs, --bf16, --report_to, --push_to_hub, ...
+Bits stay what they are. A training that was stopped goes on with --resume_from_checkpoint true.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import datasets
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import HfArgumentParser, Trainer, TrainingArguments
+
+from sdq_hf import SDQForImageClassification
+from sdq_hf.training.data import load_image_data
+from sdq_hf.training.loaders import build_transforms
+from sdq_hf.training.losses import distillation
+from sdq_hf.training.metrics import compute_metrics
+from sdq_hf.training.optim import OptimizerArguments, create_optimizer
+from sdq_hf.training.trainer import QATCallback
+
+
+@dataclass
+class ScriptArguments:
+    model: str = field(metadata={"help": "Folder or Hub id of a quantized model."})
+    dataset: str | None = field(default=None, metadata={"help": "As in run_sdq.py; default: the bundled sample."})
+    teacher: str | None = field(
+        default=None, metadata={"help": "File with float weights of the same network, to distil from; default: labels."}
+    )
+    aug: str = field(default="light", metadata={"help": "Augmentation: none, light, rand, as in run_sdq.py."})
+    max_samples: int | None = field(default=None, metadata={"help": "Use so many images of each split only."})
+
+
+class DistillationTrainer(Trainer):
+    """`Trainer` whose loss is the distance to a teacher's outputs."""
+
+    def __init__(self, *args: Any, teacher: nn.Module, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.teacher = teacher.to(self.args.device).eval().requires_grad_(False)
+
+    def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        outputs = model(**inputs)
+        with torch.no_grad():
+            target = self.teacher(inputs["pixel_values"])
+        loss = distillation(outputs.logits, target)
+        return (loss, outputs) if return_outputs else loss
+
+
+def main() -> None:
+    options, training = HfArgumentParser((ScriptArguments, TrainingArguments)).parse_args_into_dataclasses()
+    training.remove_unused_columns = False  # the images become pixel_values only when they are asked for
+    model = SDQForImageClassification.from_pretrained(options.model)
+    train_transform, transform = build_transforms(model.config.pretrained_cfg, aug=options.aug)
+    data = load_image_data(options.dataset, max_train_samples=options.max_samples, max_eval_samples=options.max_samples)
+
+    def transformed(split: str, transform: Callable[..., Any]) -> datasets.Dataset:
+        mode = "L" if model.config.input_size[0] == 1 else "RGB"
+
+        def apply(batch: dict[str, Any]) -> dict[str, Any]:
+            pixels = [transform(image.convert(mode)) for image in batch[data.image_column]]
+            return {"pixel_values": pixels, "labels": batch[data.label_column]}
+
+        return data.splits[split].with_transform(apply)
+
+    recipe = OptimizerArguments(lr=training.learning_rate, weight_decay=training.weight_decay)
+    common: dict[str, Any] = {
+        "model": model,
+        "args": training,
+        "train_dataset": transformed("train", train_transform),
+        "eval_dataset": transformed("validation", transform),
+        "compute_metrics": compute_metrics,
+        "callbacks": [QATCallback()],
+        # Scales and steps learn at a tenth of the rate, without weight decay.
+        "optimizers": (create_optimizer(model, recipe), None),
+    }
+    if options.teacher is None:
+        trainer = Trainer(**common)
+    else:
+        teacher = model.float_twin()
+        teacher.load_state_dict(load_file(options.teacher))
+        trainer = DistillationTrainer(teacher=teacher, **common)
+    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    trainer.save_model()
+    print(trainer.evaluate())
+    print("test:", trainer.evaluate(transformed("test", transform), metric_key_prefix="test"))
+    if training.push_to_hub:
+        print("Published:", model.push_to_hub(trainer.hub_model_id or training.hub_model_id))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""Quantization-aware training with transformers' `Trainer`: what it needs beside the model."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..modeling_sdq import SDQForImageClassification
+from .stages import save_tensors
+
+REAL_WEIGHTS = "real_weights.safetensors"
+
+
+class QATCallback(TrainerCallback):
+    """Makes a training with `Trainer` that is resumed equal the uninterrupted one.
+
+    Trainer's checkpoints are models: they hold quantized weights. This writes the real weights beside them, and takes them
+    back when a training goes on from a checkpoint in `output_dir`. Without it the training would go on from the checkpoint's
+    quantized weights: from the same function, but not on the same path.
+    """
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        model: SDQForImageClassification = kwargs["model"]
+        path = _checkpoint(args, state) / REAL_WEIGHTS
+        if state.global_step and path.exists():
+            layers = model.quantized_layers()
+            with torch.no_grad():
+                for name, weight in load_file(path).items():
+                    layers[name].weight.copy_(weight)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            layers = kwargs["model"].quantized_layers()
+            weights = {name: layer.weight.detach().contiguous() for name, layer in layers.items()}
+            save_tensors(weights, _checkpoint(args, state) / REAL_WEIGHTS)
+
+
+def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
