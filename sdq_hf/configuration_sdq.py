@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any
 
+import torch
 from transformers import PretrainedConfig
 
 from .quantizers.grids import GRIDS
@@ -74,6 +75,7 @@ class SDQConfig(PretrainedConfig):
         self._validate()
         _check_labels(kwargs)
         _check_method(kwargs.get("quantization_config"))
+        _check_common(kwargs)
         self.model_args, self.pins = dict(self.model_args), dict(self.pins)
         self.candidates = sorted(self.candidates)
         super().__init__(**kwargs)
@@ -110,6 +112,14 @@ class SDQConfig(PretrainedConfig):
         return matches[-1] if matches else None
 
     @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in transformers; whatever is wrong with the fields is a `ValueError`."""
+        try:
+            return super().from_dict(config_dict, **kwargs)
+        except (AttributeError, IndexError, KeyError, OverflowError, RecursionError, TypeError) as error:
+            raise ValueError(f"config.json: a field has a value that transformers cannot read: {error!r}") from error
+
+    @classmethod
     def register_for_auto_class(cls, auto_class: Any = None) -> None:
         """Does nothing: the code is in the package, and no copy of it is to be saved with a model."""
 
@@ -141,6 +151,7 @@ _NOT_FOR_MODEL_ARGS = ("cache_dir", "checkpoint_path", "exportable", "features_o
 # No network has a number of layers, a width or a side of its images above this; larger ones would only exhaust the machine.
 _LARGEST_ARGUMENT = 16384
 _LARGEST_HEAD = 1_000_000
+_DTYPES = ("float32", "float16", "bfloat16", "float64", "auto")
 
 
 def _check_architecture(name: Any) -> None:
@@ -218,6 +229,31 @@ def _check_labels(kwargs: Mapping[str, Any]) -> None:
             raise ValueError(f"id2label must have the keys 0 to {len(names) - 1}, got {short(sorted(keys))}.")
         if not all(isinstance(name, str) for name in names.values()):
             raise ValueError(f"id2label must map to names, got {short(list(names.values()))}.")
+
+
+def _check_common(kwargs: Mapping[str, Any]) -> None:
+    """Fields of every transformers configuration that are acted upon without a look at their type."""
+    for field in ("dtype", "torch_dtype"):
+        value = kwargs.get(field)
+        known = value is None or isinstance(value, torch.dtype) or (isinstance(value, str) and value in _DTYPES)
+        if not known:
+            raise ValueError(f"{field} must be one of {', '.join(_DTYPES)}, got {short(value)}.")
+    for field in ("transformers_weights", "fusion_config"):
+        if kwargs.get(field) is not None:
+            raise ValueError(f"{field} has no place in the configuration of a quantized timm model.")
+    texts: dict[str, Any] = {
+        field: kwargs.get(field) for field in ("transformers_version", "problem_type", "model_type")
+    }
+    names, places = kwargs.get("architectures"), kwargs.get("auto_map")
+    for field, value in texts.items():
+        if not isinstance(value, str | None):
+            raise ValueError(f"{field} must be a text, got {short(value)}.")
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise ValueError(f"architectures must be a list of class names, got {short(names)}.")
+    if places is not None and not (
+        isinstance(places, Mapping) and all(isinstance(place, str) for place in places.values())
+    ):
+        raise ValueError(f"auto_map must map Auto classes to classes, got {short(places)}.")
 
 
 def _check_method(config: Any) -> None:

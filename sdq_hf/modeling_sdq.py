@@ -419,6 +419,11 @@ class SDQForImageClassification(PreTrainedModel):
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
             )
+        except (AttributeError, IndexError, KeyError, OverflowError, RecursionError, TypeError) as error:
+            # What a wrong value of one of the many fields that transformers has may end in.
+            raise CheckpointError(
+                f"{pretrained_model_name_or_path}: config.json has a value that transformers cannot read: {error!r}"
+            ) from error
         finally:
             _LOADING.reset(token)
         new = tuple(f"{name}." for name in model.new_layers)

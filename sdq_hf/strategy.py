@@ -10,6 +10,8 @@ from typing import Any
 from .packing import packed_size
 
 FLOAT_BITS = 32
+# More than any network has; a file from the Hub could name millions.
+MAX_LAYERS = 10_000
 
 
 @dataclass(frozen=True)
@@ -138,9 +140,14 @@ class Strategy(Mapping[str, LayerBits]):
     def from_json(cls, data: list[dict[str, Any]] | str) -> "Strategy":
         """The inverse of `to_json`; also takes its text. Raises `ValueError` that names the layer and the field."""
         if isinstance(data, str):
-            data = json.loads(data)
+            try:
+                data = json.loads(data)
+            except ValueError as error:
+                raise ValueError(f"A strategy's text must be JSON, got {short(data)}: {error}") from error
         if not isinstance(data, list):
             raise ValueError(f"A strategy is a list of layers with bits and sizes, got {type(data).__name__}.")
+        if len(data) > MAX_LAYERS:
+            raise ValueError(f"A strategy has at most {MAX_LAYERS} layers, got {len(data)}.")
         fields = {"layer", *LayerBits.__dataclass_fields__}
         layers: dict[str, LayerBits] = {}
         for entry in data:

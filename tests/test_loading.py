@@ -307,7 +307,8 @@ def _layer(index, **fields):
         (_layer(3, num_weights=-5), "num_weights"),
         (_layer(3, surprise=1), "fields"),
         (lambda c: c["strategy"].pop(3), "lacks the layer"),
-        (lambda c: c["strategy"].extend({**c["strategy"][0], "layer": f"x{i}"} for i in range(10**5)), "No layer 'x0'"),
+        (lambda c: c["strategy"].extend({**c["strategy"][0], "layer": f"x{i}"} for i in range(9000)), "No layer 'x0'"),
+        (lambda c: c["strategy"].extend(c["strategy"][:1] * 10**6), "at most 10000 layers, got 1000022"),
         (_layer(3, weight_bits=7), r"weight_packed' has shape"),
     ],
 )
