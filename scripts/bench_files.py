@@ -1,15 +1,24 @@
-"""File sizes and reload times of packed models.
+"""File sizes, load times and load memory of packed models, beside the same networks in float.
 
     python scripts/bench_files.py --out docs/benchmarks/files.json
 
-The load time runs from `from_pretrained` to the first logits of one image, imports left out; the median of five.
+Mixed bits are 1 to 8 in turn, from the last layer to the first. A load runs from the saved folder to the first logits of one
+image, imports left out; packed and float loads take turns in one process, CPU time, and the median of the ratios is given.
+Peak memory is that of a load in a fresh process, above what it takes after the imports and a first load of a small model;
+beside it what the packed file and the float network take together, and the peak of loading the dequantized model.
 """
 
 import argparse
+import ctypes
+import gc
+import os
 import platform
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -21,72 +30,153 @@ from safetensors.torch import load_file, save_file
 from sdq_hf import SDQForImageClassification
 from sdq_hf.training.stages import write_json
 
-NETWORKS = ("resnet20_cifar:32", "resnet18:224", "mobilenetv2_100:224")
-REPEATS = 5
+NETWORKS = (
+    "resnet20_cifar:32",
+    "resnet18:224",
+    "resnet50:224",
+    "mobilenetv2_100:224",
+    "tf_efficientnet_lite0:224",
+    "vit_tiny_patch16_224:224",
+)
+COLUMNS = {
+    "network": "{}",
+    "bits": "{}",
+    "file, kB": "{:,.1f}",
+    "ideal, kB": "{:,.1f}",
+    "file / ideal": "{:.3f}",
+    "float file / file": "{:.1f}",
+    "load, s": "{:.2f}",
+    "load / float load": "{:.2f}",
+    "peak MB": "{:.1f}",
+    "packed + float, MB": "{:.1f}",
+    "peak, float load": "{:.1f}",
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), help="timm name:image size")
-    parser.add_argument("--bits", type=int, nargs="+", default=[1, 2, 3, 4, 8])
+    parser.add_argument("--bits", nargs="+", default=["2", "3", "4", "mixed"], help="1 to 8, or mixed")
+    parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)  # what a child process measures, and of what
     options = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
-    print("| network | bits | file, kB | ideal, kB | file / ideal | float file / file | load, s | float load, s |")
-    print("|---|---|---|---|---|---|---|---|")
+    if options.child:
+        print(memory_in_child(*options.child))
+        return
+    print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
     rows = []
     for network in options.networks:
         name, size = network.split(":")
-        torch.manual_seed(0)
-        source = timm.create_model(name).eval()
-        image = torch.randn(1, 3, int(size), int(size))
-        model = SDQForImageClassification.from_float(source, name, img_size=int(size))
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "float.safetensors"
-            save_file(source.state_dict(), path)
-            float_bytes = path.stat().st_size
-            float_seconds = statistics.median(_load_float(name, path, image) for _ in range(REPEATS))
         for bits in options.bits:
-            model.set_strategy(bits)
-            model.calibrate([image])
-            with tempfile.TemporaryDirectory() as folder:
-                model.save_pretrained(folder)
-                row = {
-                    "network": name,
-                    "bits": bits,
-                    "file_bytes": (Path(folder) / "model.safetensors").stat().st_size,
-                    "ideal_bytes": model.ideal_bytes(),
-                    "float_bytes": float_bytes,
-                    "load_seconds": statistics.median(_load(folder, image) for _ in range(REPEATS)),
-                    "float_load_seconds": float_seconds,
-                }
-            rows.append(row)
-            print(
-                f"| {name} | {bits} | {row['file_bytes'] / 1e3:,.1f} | {row['ideal_bytes'] / 1e3:,.1f} "
-                f"| {row['file_bytes'] / row['ideal_bytes']:.3f} | {float_bytes / row['file_bytes']:.1f} "
-                f"| {row['load_seconds']:.2f} | {float_seconds:.2f} |",
-                flush=True,
-            )
+            rows.append(measure(name, int(size), bits, options.repeats))
+            cells = [form.format(value) for form, value in zip(COLUMNS.values(), shown(rows[-1]), strict=True)]
+            print(f"| {' | '.join(cells)} |", flush=True)
     if options.out:
-        versions = {package: version(package) for package in ("torch", "timm", "transformers")}
+        versions = {package: version(package) for package in ("torch", "timm", "transformers", "safetensors")}
         hardware = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
         write_json(options.out, {"rows": rows, "versions": versions, "hardware": hardware})
 
 
+def measure(name: str, size: int, bits: str, repeats: int) -> dict[str, float | str]:
+    torch.manual_seed(0)
+    source = timm.create_model(name, num_classes=1000).eval()
+    image = torch.randn(1, 3, size, size)
+    model = SDQForImageClassification.from_float(source, name, img_size=size)
+    names = reversed(model.strategy.searchable)
+    model.set_strategy({n: 1 + i % 8 for i, n in enumerate(names)} if bits == "mixed" else int(bits))
+    model.calibrate([image])
+    with tempfile.TemporaryDirectory() as scratch:
+        folder, floats = Path(scratch) / "packed", Path(scratch) / "float.safetensors"
+        model.save_pretrained(folder, print_size=False)
+        save_file(source.state_dict(), floats)
+        loads = [
+            (seconds(lambda: load_packed(folder, image)), seconds(lambda: load_float(name, floats, image)))
+            for _ in range(repeats + 1)
+        ][1:]
+        file_bytes = (folder / "model.safetensors").stat().st_size
+        SDQForImageClassification.from_pretrained(folder).dequantize().save_pretrained(
+            folder / "float", print_size=False
+        )
+        peak, held, plain = memory("peak", str(folder)), memory("held", name), memory("peak", str(folder / "float"))
+        return {
+            "network": name,
+            "bits": bits,
+            "average_bits": model.strategy.average_bits(),
+            "file_bytes": file_bytes,
+            "ideal_bytes": model.ideal_bytes(),
+            "float_bytes": floats.stat().st_size,
+            "load_seconds": statistics.median(packed for packed, _ in loads),
+            "load_ratio": statistics.median(packed / plain for packed, plain in loads),
+            "peak_bytes": peak,
+            "float_memory_bytes": held,
+            "float_peak_bytes": plain,
+        }
+
+
+def shown(row: dict) -> list[float | str]:
+    return [
+        row["network"],
+        row["bits"],
+        row["file_bytes"] / 1e3,
+        row["ideal_bytes"] / 1e3,
+        row["file_bytes"] / row["ideal_bytes"],
+        row["float_bytes"] / row["file_bytes"],
+        row["load_seconds"],
+        row["load_ratio"],
+        row["peak_bytes"] / 1e6,
+        (row["file_bytes"] + row["float_memory_bytes"]) / 1e6,
+        row["float_peak_bytes"] / 1e6,
+    ]
+
+
 @torch.no_grad()
-def _load(folder: str, image: torch.Tensor) -> float:
-    started = time.perf_counter()
+def load_packed(folder: Path, image: torch.Tensor) -> None:
     SDQForImageClassification.from_pretrained(folder)(image)
-    return time.perf_counter() - started
 
 
 @torch.no_grad()
-def _load_float(name: str, path: Path, image: torch.Tensor) -> float:
-    started = time.perf_counter()
-    network = timm.create_model(name)
+def load_float(name: str, path: Path, image: torch.Tensor) -> None:
+    network = timm.create_model(name, num_classes=1000)
     network.load_state_dict(load_file(path))
     network.eval()(image)
-    return time.perf_counter() - started
+
+
+def seconds(run: Callable[[], object]) -> float:
+    """CPU time of this process."""
+    started = time.process_time()
+    run()
+    return time.process_time() - started
+
+
+def memory(kind: str, of: str) -> int:
+    """Bytes: "peak" of loading the folder `of`, or "held" by the float network `of`, in a fresh process."""
+    child = [sys.executable, __file__, "--child", kind, of]
+    return int(subprocess.run(child, capture_output=True, text=True, check=True).stdout.split()[-1])
+
+
+def memory_in_child(kind: str, of: str) -> int:
+    """How far the resident memory of this process grows, at most ("peak") or in the end ("held"). Linux only."""
+    with tempfile.TemporaryDirectory() as scratch:
+        small = SDQForImageClassification.from_timm("resnet8_cifar", img_size=32)
+        small.calibrate([torch.randn(1, 3, 32, 32)])
+        small.save_pretrained(scratch, print_size=False)
+        SDQForImageClassification.from_pretrained(scratch)
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # else what is measured would fill memory that was freed before
+    before = _status("VmRSS")
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # the peak is counted from here
+    kept = SDQForImageClassification.from_pretrained(of) if kind == "peak" else timm.create_model(of, num_classes=1000)
+    after = _status("VmHWM" if kind == "peak" else "VmRSS")
+    del kept
+    return after - before
+
+
+def _status(field: str) -> int:
+    with open(f"/proc/{os.getpid()}/status") as file:
+        return next(1024 * int(line.split()[1]) for line in file if line.startswith(field))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .checkpoint import DIGEST, check_files, check_values, digest
 from .layers import PACKED, input_quantizers, quantized_layers
-from .packing import pack, packed_size, unpack
+from .packing import pack, packed_size, unpack_parts
 
 # Where a layer's weight shape and type are kept while the weight itself is away.
 _AWAY = "_sdq_weight_shape_and_dtype"
@@ -77,8 +77,10 @@ class SDQHfQuantizer(HfQuantizer):
                 continue
             packed, (shape, dtype) = layer._buffers.pop(PACKED), layer.__dict__.pop(_AWAY)
             assert packed is not None
-            weight = quantizer.from_codes(unpack(packed, quantizer.bits, shape.numel()).view(shape))
-            layer.weight = nn.Parameter(weight.to(dtype))
+            weight = torch.empty(shape, dtype=dtype, device=packed.device)
+            for start, codes in unpack_parts(packed, quantizer.bits, shape.numel()):
+                weight.view(-1)[start : start + codes.numel()] = quantizer.from_codes(codes)
+            layer.weight = nn.Parameter(weight)
             quantizer.exact = True
         return model
 

@@ -5,8 +5,13 @@ stands in bits `i*b .. i*b + b - 1` of the stream, and bit j of the stream is bi
 is filled up with zeros. A file is as small as the bitwidth says, odd bitwidths too.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
+
+# Codes that are unpacked at a time; a multiple of 8, so that each part begins at a byte.
+_PART = 2**15
 
 
 def packed_size(count: int, bits: int) -> int:
@@ -35,12 +40,27 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
 
     Raises `ValueError` when `packed` has not exactly the bytes that `count` codes take.
     """
+    codes = torch.empty(count, dtype=torch.uint8, device=packed.device)
+    for start, part in unpack_parts(packed, bits, count):
+        codes[start : start + part.numel()] = part
+    return codes
+
+
+def unpack_parts(packed: Tensor, bits: int, count: int) -> Iterator[tuple[int, Tensor]]:
+    """Place and codes (uint8 [n]) of one part after the other: the memory it takes does not grow with `count`."""
     _check_bits(bits)
     if packed.dtype != torch.uint8 or packed.numel() != packed_size(count, bits):
         raise ValueError(
             f"{count} codes of {bits} bits take {packed_size(count, bits)} bytes (uint8), "
             f"got {packed.numel()} of {packed.dtype}."
         )
+    for start in range(0, count, _PART):
+        size = min(_PART, count - start)
+        first = start * bits // 8
+        yield start, _unpack(packed[first : first + packed_size(size, bits)], bits, size)
+
+
+def _unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     # int64 words hold 8 bytes: enough for eight codes of 8 bits; the sign bit comes and goes unharmed through the mask.
     bytes_ = torch.nn.functional.pad(packed.to(torch.int64), (0, -packed.numel() % bits)).view(-1, bits)
     words = (bytes_ << (torch.arange(bits, device=packed.device) * 8)).sum(dim=1)

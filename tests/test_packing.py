@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from sdq_hf import packing
 from sdq_hf.packing import pack, packed_size, unpack
 
 
@@ -15,6 +16,13 @@ def test_packing_is_the_bit_string(bits, count):
     assert packed.tolist() == expected
     assert packed.numel() == packed_size(count, bits)
     assert torch.equal(unpack(packed, bits, count), codes)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_unpacking_in_parts_gives_every_code_its_place(bits, monkeypatch):
+    monkeypatch.setattr(packing, "_PART", 64)
+    codes = torch.randint(2**bits, (1000,), generator=torch.Generator().manual_seed(bits)).to(torch.uint8)
+    assert torch.equal(unpack(pack(codes, bits), bits, 1000), codes)
 
 
 def test_codes_that_do_not_fit_are_refused():
