@@ -5,7 +5,7 @@
 Mixed bits are 1 to 8 in turn, from the last layer to the first. A load runs from the saved folder to the first logits of one
 image, imports left out; packed and float loads take turns in one process, CPU time, and the median of the ratios is given.
 Peak memory is that of a load in a fresh process, above what it takes after the imports and a first load of a small model;
-beside it what the packed file and the float network take together, and the peak of loading the dequantized model.
+beside it what the packed file and the float network take together.
 """
 
 import argparse
@@ -49,7 +49,6 @@ COLUMNS = {
     "load / float load": "{:.2f}",
     "peak MB": "{:.1f}",
     "packed + float, MB": "{:.1f}",
-    "peak, float load": "{:.1f}",
 }
 
 
@@ -111,7 +110,6 @@ def measure(name: str, size: int, bits: str, repeats: int) -> dict[str, float | 
             "load_ratio": statistics.median(packed / plain for packed, plain in loads),
             "peak_bytes": peak,
             "float_memory_bytes": held,
-            "float_peak_bytes": plain,
         }
 
 
@@ -127,7 +125,6 @@ def shown(row: dict) -> list[float | str]:
         row["load_ratio"],
         row["peak_bytes"] / 1e6,
         (row["file_bytes"] + row["float_memory_bytes"]) / 1e6,
-        row["float_peak_bytes"] / 1e6,
     ]
 
 

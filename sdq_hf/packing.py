@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 # Codes that are unpacked at a time; a multiple of 8, so that each part begins at a byte.
-_PART = 2**15
+_PART = 2**14
 
 
 def packed_size(count: int, bits: int) -> int:
