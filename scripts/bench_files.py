@@ -95,10 +95,7 @@ def measure(name: str, size: int, bits: str, repeats: int) -> dict[str, float | 
             for _ in range(repeats + 1)
         ][1:]
         file_bytes = (folder / "model.safetensors").stat().st_size
-        SDQForImageClassification.from_pretrained(folder).dequantize().save_pretrained(
-            folder / "float", print_size=False
-        )
-        peak, held, plain = memory("peak", str(folder)), memory("held", name), memory("peak", str(folder / "float"))
+        peak, held = memory("peak", str(folder)), memory("held", name)
         return {
             "network": name,
             "bits": bits,
