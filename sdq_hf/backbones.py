@@ -10,15 +10,19 @@ leave a single pixel of a small image long before the last stage.
 """
 
 from collections.abc import Sequence
+from difflib import get_close_matches
 from functools import partial
 from typing import Any
 
+import timm
 from timm.layers import get_act_layer
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._efficientnet_builder import decode_arch_def, resolve_bn_args, round_channels
 from timm.models.efficientnet import EfficientNet
 from timm.models.resnet import BasicBlock, ResNet, make_blocks
 from torch import nn
+
+from .strategy import short
 
 
 class CifarResNet(ResNet):
@@ -128,3 +132,17 @@ for _version, _blocks in _MOBILENETS.items():
             norm_layer=partial(nn.BatchNorm2d, **resolve_bn_args({})),
             act_layer=get_act_layer("relu6"),
         )
+
+
+def create_backbone(architecture: str, **kwargs: Any) -> nn.Module:
+    """`timm.create_model`, with near names in the error for a name that timm does not know."""
+    name = architecture.split(".")[0]
+    if not timm.is_model(name):
+        known = timm.list_models()
+        near = get_close_matches(name, known, n=3, cutoff=0.5)
+        hint = f" Near names: {', '.join(near)}." if near else ""
+        raise ValueError(f"Unknown timm model {architecture!r}.{hint} `timm.list_models()` lists {len(known)} names.")
+    try:
+        return timm.create_model(architecture, **kwargs)
+    except (TypeError, RuntimeError, AssertionError) as error:
+        raise ValueError(f"timm cannot make {architecture!r} with {short(kwargs)}: {error}") from error

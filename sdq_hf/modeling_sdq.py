@@ -4,69 +4,37 @@ import copy
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import replace
-from difflib import get_close_matches
 from itertools import islice
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
-from transformers import PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from . import backbones as backbones  # registers our timm names
-from .checkpoint import DIGEST, CheckpointError
+from .backbones import create_backbone
+from .checkpoint import DIGEST
 from .configuration_sdq import SDQConfig
+from .configured_strategy import fitting_strategy, initial_strategy
 from .hf_quantizer import SDQHfQuantizer, SDQQuantizationConfig
 from .layers import (
     QuantizedLayer,
     apply_strategy,
     attach,
     attached_layers,
-    count_macs,
     input_quantizers,
     quantizable_layers,
     quantized_layers,
     quantizer_parameters,
 )
-from .strategy import FLOAT_BITS, LayerBits, Strategy, short, unknown_layer
-
-# The file that lets transformers find the classes with trust_remote_code=True, without `import sdq_hf`.
-REMOTE_CODE = "sdq_remote.py"
-_REMOTE_SOURCE = """# The classes of the installed package sdq_hf, for `trust_remote_code=True`.
-from sdq_hf import SDQConfig, SDQForImageClassification, SDQImageProcessor
-"""
-_HUB_OPTIONS = ("repo_id", "private", "token", "revision", "commit_message", "commit_description", "create_pr")
-_AUTO_MAP = {
-    "AutoConfig": "sdq_remote.SDQConfig",
-    "AutoImageProcessor": "sdq_remote.SDQImageProcessor",
-    "AutoModelForImageClassification": "sdq_remote.SDQForImageClassification",
-}
-
-# Inside `from_pretrained`: whether its caller allows layers of other shapes than the file's.
-_LOADING: ContextVar[bool | None] = ContextVar("_LOADING", default=None)
+from .packed_files import PackedFilesMixin, allows_new_layers
+from .strategy import FLOAT_BITS, Strategy
 
 
-def create_backbone(architecture: str, **kwargs: Any) -> nn.Module:
-    """`timm.create_model`, with near names in the error for a name that timm does not know."""
-    name = architecture.split(".")[0]
-    if not timm.is_model(name):
-        known = timm.list_models()
-        near = get_close_matches(name, known, n=3, cutoff=0.5)
-        hint = f" Near names: {', '.join(near)}." if near else ""
-        raise ValueError(f"Unknown timm model {architecture!r}.{hint} `timm.list_models()` lists {len(known)} names.")
-    try:
-        return timm.create_model(architecture, **kwargs)
-    except (TypeError, RuntimeError, AssertionError) as error:
-        raise ValueError(f"timm cannot make {architecture!r} with {short(kwargs)}: {error}") from error
-
-
-class SDQForImageClassification(PreTrainedModel):
+class SDQForImageClassification(PackedFilesMixin):
     """A timm classifier with a weight and an input quantizer on each conv and linear layer.
 
     `model.timm_model` is timm's own module tree. `model.strategy` tells the bits, `model.set_strategy` changes them.
@@ -89,8 +57,16 @@ class SDQForImageClassification(PreTrainedModel):
         )
         # Layers that a loaded file cannot fill, since the number of classes was changed: names as in `named_modules()`.
         self.new_layers: list[str] = []
-        given = config.strategy
-        strategy = self._initial_strategy() if given is None else self._fitting(Strategy.from_json(given))
+        if config.strategy is None:
+            strategy = initial_strategy(config, self.timm_model)
+        else:
+            strategy, new = fitting_strategy(config, self.timm_model)
+            self.new_layers = [f"{self.base_model_prefix}.{name}" for name in new]
+        if self.new_layers and allows_new_layers.get() is False:
+            raise ValueError(
+                f"The head {self.new_layers[0]!r} of the file is not for the {config.num_labels} classes asked for. "
+                "With ignore_mismatched_sizes=True it is made anew, to be trained."
+            )
         self._attach(strategy)
         config.strategy = strategy.to_json()
         if self.quantized_layers():
@@ -174,71 +150,6 @@ class SDQForImageClassification(PreTrainedModel):
         model = cls(config)
         model.load_float_state(source.state_dict())
         return model
-
-    def _initial_strategy(self) -> Strategy:
-        """Top of the ladder; first and last layer and pins at their bits."""
-        config, layers = self.config, quantizable_layers(self.timm_model)
-        try:
-            macs = count_macs(self.timm_model, config.input_size)
-        except Exception as error:
-            raise ValueError(
-                f"{config.architecture} does not run on images of size {config.input_size} "
-                f"(channels, height, width): {error}"
-            ) from error
-        names = list(layers)
-        result = {}
-        for name in names:
-            is_end = name in (names[0], names[-1])
-            pin = config.pinned_bits(name)
-            bits = pin if pin is not None else config.first_last_bits if is_end else max(config.candidates)
-            if bits != FLOAT_BITS and macs[name] == 0:
-                raise ValueError(
-                    f"Layer {name!r} of {config.architecture} is never called: its weight is unused, or read past its "
-                    f"forward, where no quantizer can stand. Keep it float with pins={{{name!r}: {FLOAT_BITS}}}."
-                )
-            activation_bits = config.first_last_bits if is_end else config.activation_bits
-            if bits == FLOAT_BITS:
-                activation_bits = FLOAT_BITS
-            weights = sum(p.numel() for key, p in layers[name].named_parameters() if key == "weight")
-            result[name] = LayerBits(bits, activation_bits, weights, macs[name], is_end or pin is not None)
-        for pattern in config.pins:
-            if not any(config.pinned_bits(name) is not None for name in names):
-                raise ValueError(f"pins: no layer of {config.architecture} matches {pattern!r}, e.g. {names[:3]}.")
-        if not any(not layer.pinned for layer in result.values()):
-            raise ValueError(f"{config.architecture} has no layer left to search: all {len(names)} are pinned.")
-        return Strategy.of(result)
-
-    def _fitting(self, strategy: Strategy) -> Strategy:
-        """`strategy` of a configuration, if it has the layers of the network and their sizes.
-
-        A head of another size is a new head: `num_labels` was changed, and its sizes follow.
-        """
-        architecture, layers = self.config.architecture, quantizable_layers(self.timm_model)
-        for name in strategy:
-            if name not in layers:
-                raise ValueError(f"strategy of {architecture}: {unknown_layer(name, list(layers))}")
-        heads = cast(Any, self.timm_model).get_classifier()
-        heads = heads if isinstance(heads, tuple | list) else (heads,)
-        changed = dict(strategy)
-        for name, module in layers.items():
-            if name not in strategy:
-                raise ValueError(f"strategy of {architecture}: it lacks the layer {name!r}.")
-            layer, weights = strategy[name], cast(Tensor, module.weight).numel()
-            if layer.num_weights == weights:
-                continue
-            if module not in heads:
-                raise ValueError(
-                    f"strategy of {architecture}: layer {name!r} has {weights} weights, not {layer.num_weights}."
-                )
-            self.new_layers.append(f"{self.base_model_prefix}.{name}")
-            macs = layer.macs * weights // layer.num_weights if layer.num_weights else 0
-            changed[name] = replace(layer, num_weights=weights, macs=macs)
-        if self.new_layers and _LOADING.get() is False:
-            raise ValueError(
-                f"The head {self.new_layers[0]!r} of the file is not for the {self.config.num_labels} classes asked for. "
-                "With ignore_mismatched_sizes=True it is made anew, to be trained."
-            )
-        return Strategy.of(changed)
 
     def _attach(self, strategy: Strategy) -> None:
         for name, module in quantizable_layers(self.timm_model).items():
@@ -356,7 +267,7 @@ class SDQForImageClassification(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         # timm has initialised its modules, or every weight comes from a file: but for a new head's.
-        if _LOADING.get() and isinstance(module, nn.Linear | nn.Conv2d):
+        if allows_new_layers.get() and isinstance(module, nn.Linear | nn.Conv2d):
             module.reset_parameters()
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], *args: Any) -> None:
@@ -400,119 +311,6 @@ class SDQForImageClassification(PreTrainedModel):
         strategy = {name: replace(layer, weight_bits=FLOAT_BITS, pinned=True) for name, layer in self.strategy.items()}
         self.config.strategy = Strategy.of(strategy).to_json()
         return self if dtype is None else self.to(dtype)
-
-    # Loading -----------------------------------------------------------------------------------------------------
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *model_args: Any, **kwargs: Any) -> Any:
-        """As in transformers, from a folder or a Hub id. The file is looked over first (`sdq_hf.checkpoint`).
-
-        With other `num_labels` and `ignore_mismatched_sizes=True` the head is made anew. With `dtype` the network computes in
-        that type, and scales stay float32.
-
-        Raises `ValueError` naming the field or the tensor for a configuration or a file that is damaged or does not fit.
-        """
-        wants_info = kwargs.pop("output_loading_info", False)
-        kwargs.setdefault("use_safetensors", True)
-        token = _LOADING.set(bool(kwargs.get("ignore_mismatched_sizes", False)))
-        try:
-            model, info = super().from_pretrained(
-                pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
-            )
-        except (AttributeError, IndexError, KeyError, OverflowError, RecursionError, TypeError) as error:
-            # What a wrong value of one of the many fields that transformers has may end in.
-            raise CheckpointError(
-                f"{pretrained_model_name_or_path}: config.json has a value that transformers cannot read: {error!r}"
-            ) from error
-        finally:
-            _LOADING.reset(token)
-        new = tuple(f"{name}." for name in model.new_layers)
-        # A file of a quantized model was compared with its configuration already; one of float weights was not.
-        missing = [name for name in sorted(info["missing_keys"]) if not name.startswith(new)]
-        if missing:
-            raise CheckpointError(
-                f"{pretrained_model_name_or_path}: the file lacks {missing[0]!r}, which config.json asks for."
-            )
-        return (model, info) if wants_info else model
-
-    # Saving ------------------------------------------------------------------------------------------------------
-
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike,
-        print_size: bool = True,
-        remote_code: bool = False,
-        push_to_hub: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        """Save for use: weights packed at their bits, config.json with the strategy. Prints the size (`size_report`).
-
-        With `remote_code` the folder can be loaded with `trust_remote_code=True` in place of `import sdq_hf`; the package
-        must be installed all the same. `push_to_hub`, and `repo_id` and further options with it, as in transformers.
-
-        Activation steps must be fitted (`calibrate`, or any forward pass), else `ValueError` names the layer.
-        """
-        for layer in self.quantized_layers().values():
-            layer.weight_quantizer.keep_positive(layer.weight_quantizer.scale)
-        for name, quantizer in input_quantizers(self.timm_model).items():
-            quantizer.keep_positive(quantizer.step)
-            if quantizer.step.item() <= 0:
-                raise ValueError(
-                    f"Layer {name!r}: its activation step was never fitted. Call model.calibrate(images) before saving."
-                )
-        hub_options = {key: kwargs.pop(key) for key in _HUB_OPTIONS if key in kwargs}
-        remote = Path(save_directory) / REMOTE_CODE
-        # A loaded configuration may have a map whose file is elsewhere.
-        self.config.__dict__.pop("auto_map", None)
-        if remote_code:
-            self.config.auto_map = dict(_AUTO_MAP)
-        super().save_pretrained(save_directory, **kwargs)
-        if remote_code:
-            remote.write_text(_REMOTE_SOURCE)
-        else:
-            remote.unlink(missing_ok=True)
-        if print_size:
-            print(self.size_report(save_directory))
-        if push_to_hub:
-            from .hub.publish import publish_folder
-
-            publish_folder(Path(save_directory), hub_options.pop("repo_id", Path(save_directory).name), **hub_options)
-
-    def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Publish the model in one commit, with a card and pictures; gives the commit's address.
-
-        Args:
-            repo_id: such as `org/resnet18-sdq`; made when it is missing.
-            options: `private`, `token`, `revision` (a branch, made when it is missing), `commit_message`,
-                `commit_description`, `create_pr`, `max_shard_size` as in transformers; `card`, to be used in place of the
-                one that is written; `license` for that one; `remote_code` as in `save_pretrained`.
-
-        Raises `PublishError` when the Hub cannot be reached or refuses. A model that `scripts/run_sdq.py` has made is better
-        published from its folder (`sdq-hf push`): the card there has its results.
-        """
-        from .hub.publish import publish_model
-
-        return publish_model(self, repo_id, **options)
-
-    @classmethod
-    def register_for_auto_class(cls, auto_class: Any = None) -> None:
-        """Does nothing: the code is in the package, and no copy of it is to be saved with a model."""
-
-    def size_report(self, folder: str | os.PathLike) -> str:
-        """One line: how large the packed weights in `folder` are, beside float32."""
-        size = sum(os.path.getsize(os.path.join(folder, f)) for f in os.listdir(folder) if f.endswith(".safetensors"))
-        float_bytes = 4 * sum(p.numel() for p in self.parameters())
-        return (
-            f"Saved {folder}: {size / 1e3:,.1f} kB packed ({self.strategy.average_bits():.2f} average bits), "
-            f"{float_bytes / size:.1f}x smaller than {float_bytes / 1e3:,.1f} kB in float32."
-        )
-
-    def ideal_bytes(self) -> int:
-        """sum N_l b_l / 8 and 4 bytes for every number that stays float (invariant 3)."""
-        packed = {f"{name}.weight" for name in quantized_layers(self.timm_model)}
-        rest = sum(t.numel() * t.element_size() for k, t in self.timm_model.state_dict().items() if k not in packed)
-        quantized = [x for x in self.strategy.values() if x.weight_bits != FLOAT_BITS]
-        return rest + sum(x.num_weights * x.weight_bits for x in quantized) // 8
 
 
 def _pixels(batch: Tensor | Mapping[str, Tensor]) -> Tensor:

@@ -10,7 +10,8 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..costs import bitops_text
-from ..modeling_sdq import REMOTE_CODE, SDQForImageClassification
+from ..modeling_sdq import SDQForImageClassification
+from ..packed_files import REMOTE_CODE
 from ..strategy import FLOAT_BITS
 
 # The picture's file in the folder `plots/`, and what it shows.

@@ -23,9 +23,10 @@ from accelerate.utils import broadcast, set_seed
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..backbones import create_backbone
 from ..costs import get_cost
 from ..layers import input_quantizers
-from ..modeling_sdq import SDQForImageClassification, create_backbone
+from ..modeling_sdq import SDQForImageClassification
 from ..search import SearchLog, SearchState, search
 from ..search.descent import Descent
 from ..strategy import Strategy

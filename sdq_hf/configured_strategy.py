@@ -1,0 +1,73 @@
+"""The strategy that a configuration gives a network: the one it holds, or the top of the ladder."""
+
+from dataclasses import replace
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from .configuration_sdq import SDQConfig
+from .layers import count_macs, quantizable_layers
+from .strategy import FLOAT_BITS, LayerBits, Strategy, unknown_layer
+
+
+def initial_strategy(config: SDQConfig, network: nn.Module) -> Strategy:
+    """Top of the ladder; first and last layer and pins at their bits."""
+    layers = quantizable_layers(network)
+    try:
+        macs = count_macs(network, config.input_size)
+    except Exception as error:
+        raise ValueError(
+            f"{config.architecture} does not run on images of size {config.input_size} "
+            f"(channels, height, width): {error}"
+        ) from error
+    names = list(layers)
+    result = {}
+    for name in names:
+        is_end = name in (names[0], names[-1])
+        pin = config.pinned_bits(name)
+        bits = pin if pin is not None else config.first_last_bits if is_end else max(config.candidates)
+        if bits != FLOAT_BITS and macs[name] == 0:
+            raise ValueError(
+                f"Layer {name!r} of {config.architecture} is never called: its weight is unused, or read past its "
+                f"forward, where no quantizer can stand. Keep it float with pins={{{name!r}: {FLOAT_BITS}}}."
+            )
+        activation_bits = config.first_last_bits if is_end else config.activation_bits
+        if bits == FLOAT_BITS:
+            activation_bits = FLOAT_BITS
+        weights = sum(p.numel() for key, p in layers[name].named_parameters() if key == "weight")
+        result[name] = LayerBits(bits, activation_bits, weights, macs[name], is_end or pin is not None)
+    for pattern in config.pins:
+        if not any(config.pinned_bits(name) is not None for name in names):
+            raise ValueError(f"pins: no layer of {config.architecture} matches {pattern!r}, e.g. {names[:3]}.")
+    if not any(not layer.pinned for layer in result.values()):
+        raise ValueError(f"{config.architecture} has no layer left to search: all {len(names)} are pinned.")
+    return Strategy.of(result)
+
+
+def fitting_strategy(config: SDQConfig, network: nn.Module) -> tuple[Strategy, list[str]]:
+    """The strategy of `config`, which must have the layers of `network` and their sizes, and the layers that are new.
+
+    A head of another size is a new head: `num_labels` was changed, and its sizes follow.
+    """
+    strategy, layers = Strategy.from_json(config.strategy or []), quantizable_layers(network)
+    architecture = config.architecture
+    for name in strategy:
+        if name not in layers:
+            raise ValueError(f"strategy of {architecture}: {unknown_layer(name, list(layers))}")
+    heads = cast(Any, network).get_classifier()
+    heads = heads if isinstance(heads, tuple | list) else (heads,)
+    changed, new = dict(strategy), list[str]()
+    for name, module in layers.items():
+        if name not in strategy:
+            raise ValueError(f"strategy of {architecture}: it lacks the layer {name!r}.")
+        layer, weights = strategy[name], cast(Tensor, module.weight).numel()
+        if layer.num_weights == weights:
+            continue
+        if module not in heads:
+            raise ValueError(
+                f"strategy of {architecture}: layer {name!r} has {weights} weights, not {layer.num_weights}."
+            )
+        new.append(name)
+        macs = layer.macs * weights // layer.num_weights if layer.num_weights else 0
+        changed[name] = replace(layer, num_weights=weights, macs=macs)
+    return Strategy.of(changed), new

@@ -1,0 +1,141 @@
+"""Loading, saving and publishing a model: transformers' own ways, with packed weights and their checks."""
+
+import os
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from .checkpoint import CheckpointError
+from .layers import input_quantizers, quantized_layers
+from .strategy import FLOAT_BITS
+
+# The file that lets transformers find the classes with trust_remote_code=True, without `import sdq_hf`.
+REMOTE_CODE = "sdq_remote.py"
+_REMOTE_SOURCE = """# The classes of the installed package sdq_hf, for `trust_remote_code=True`.
+from sdq_hf import SDQConfig, SDQForImageClassification, SDQImageProcessor
+"""
+_HUB_OPTIONS = ("repo_id", "private", "token", "revision", "commit_message", "commit_description", "create_pr")
+_AUTO_MAP = {
+    "AutoConfig": "sdq_remote.SDQConfig",
+    "AutoImageProcessor": "sdq_remote.SDQImageProcessor",
+    "AutoModelForImageClassification": "sdq_remote.SDQForImageClassification",
+}
+
+# Inside `from_pretrained`: whether its caller allows layers of other shapes than the file's.
+allows_new_layers: ContextVar[bool | None] = ContextVar("allows_new_layers", default=None)
+
+
+class PackedFilesMixin(PreTrainedModel):
+    """The part of `SDQForImageClassification` that deals with files and the Hub."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *model_args: Any, **kwargs: Any) -> Any:
+        """As in transformers, from a folder or a Hub id. The file is looked over first (`sdq_hf.checkpoint`).
+
+        With other `num_labels` and `ignore_mismatched_sizes=True` the head is made anew. With `dtype` the network computes in
+        that type, and scales stay float32.
+
+        Raises `ValueError` naming the field or the tensor for a configuration or a file that is damaged or does not fit.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        kwargs.setdefault("use_safetensors", True)
+        token = allows_new_layers.set(bool(kwargs.get("ignore_mismatched_sizes", False)))
+        try:
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+            )
+        except (AttributeError, IndexError, KeyError, OverflowError, RecursionError, TypeError) as error:
+            # What a wrong value of one of the many fields that transformers has may end in.
+            raise CheckpointError(
+                f"{pretrained_model_name_or_path}: config.json, or an argument, has a value that transformers does not "
+                f"understand: {error!r}"
+            ) from error
+        finally:
+            allows_new_layers.reset(token)
+        new = tuple(f"{name}." for name in model.new_layers)
+        # A file of a quantized model was compared with its configuration already; one of float weights was not.
+        missing = [name for name in sorted(info["missing_keys"]) if not name.startswith(new)]
+        if missing:
+            raise CheckpointError(
+                f"{pretrained_model_name_or_path}: the file lacks {missing[0]!r}, which config.json asks for."
+            )
+        return (model, info) if wants_info else model
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        print_size: bool = True,
+        remote_code: bool = False,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Save for use: weights packed at their bits, config.json with the strategy. Prints the size (`size_report`).
+
+        With `remote_code` the folder can be loaded with `trust_remote_code=True` in place of `import sdq_hf`; the package
+        must be installed all the same. `push_to_hub`, and `repo_id` and further options with it, as in transformers.
+
+        Activation steps must be fitted (`calibrate`, or any forward pass), else `ValueError` names the layer.
+        """
+        for layer in self.quantized_layers().values():
+            layer.weight_quantizer.keep_positive(layer.weight_quantizer.scale)
+        for name, quantizer in input_quantizers(self.timm_model).items():
+            quantizer.keep_positive(quantizer.step)
+            if quantizer.step.item() <= 0:
+                raise ValueError(
+                    f"Layer {name!r}: its activation step was never fitted. Call model.calibrate(images) before saving."
+                )
+        hub_options = {key: kwargs.pop(key) for key in _HUB_OPTIONS if key in kwargs}
+        remote = Path(save_directory) / REMOTE_CODE
+        # A loaded configuration may have a map whose file is elsewhere.
+        self.config.__dict__.pop("auto_map", None)
+        if remote_code:
+            self.config.auto_map = dict(_AUTO_MAP)
+        super().save_pretrained(save_directory, **kwargs)
+        if remote_code:
+            remote.write_text(_REMOTE_SOURCE)
+        else:
+            remote.unlink(missing_ok=True)
+        if print_size:
+            print(self.size_report(save_directory))
+        if push_to_hub:
+            from .hub.publish import publish_folder
+
+            publish_folder(Path(save_directory), hub_options.pop("repo_id", Path(save_directory).name), **hub_options)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Publish the model in one commit, with a card and pictures; gives the commit's address.
+
+        Args:
+            repo_id: such as `org/resnet18-sdq`; made when it is missing.
+            options: `private`, `token`, `revision` (a branch, made when it is missing), `commit_message`,
+                `commit_description`, `create_pr`, `max_shard_size` as in transformers; `card`, to be used in place of the
+                one that is written; `license` for that one; `remote_code` as in `save_pretrained`.
+
+        Raises `PublishError` when the Hub cannot be reached or refuses. A model that `scripts/run_sdq.py` has made is better
+        published from its folder (`sdq-hf push`): the card there has its results.
+        """
+        from .hub.publish import publish_model
+
+        return publish_model(self, repo_id, **options)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = None) -> None:
+        """Does nothing: the code is in the package, and no copy of it is to be saved with a model."""
+
+    def size_report(self, folder: str | os.PathLike) -> str:
+        """One line: how large the packed weights in `folder` are, beside float32."""
+        size = sum(os.path.getsize(os.path.join(folder, f)) for f in os.listdir(folder) if f.endswith(".safetensors"))
+        float_bytes = 4 * sum(p.numel() for p in self.parameters())
+        return (
+            f"Saved {folder}: {size / 1e3:,.1f} kB packed ({self.strategy.average_bits():.2f} average bits), "
+            f"{float_bytes / size:.1f}x smaller than {float_bytes / 1e3:,.1f} kB in float32."
+        )
+
+    def ideal_bytes(self) -> int:
+        """sum N_l b_l / 8 and 4 bytes for every number that stays float (invariant 3)."""
+        packed = {f"{name}.weight" for name in quantized_layers(self.timm_model)}
+        rest = sum(t.numel() * t.element_size() for k, t in self.timm_model.state_dict().items() if k not in packed)
+        quantized = [x for x in self.strategy.values() if x.weight_bits != FLOAT_BITS]
+        return rest + sum(x.num_weights * x.weight_bits for x in quantized) // 8
