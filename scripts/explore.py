@@ -92,7 +92,7 @@ def describe(model: SDQForImageClassification, folder: Path) -> tuple[list[tuple
     config, strategy = model.config, model.strategy
     _, height, width = config.input_size
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    floats = 4 * sum(p.numel() for p in model.parameters())
+    floats = model.float_bytes()
     headline = [
         ("Average bits", f"{strategy.average_bits():.2f}", f"{strategy.average_bits(True):.2f} with pinned layers"),
         ("File", f"{size / 1e3:,.1f} kB", f"{floats / size:.1f}x smaller than {floats / 1e3:,.1f} kB in float32"),

@@ -48,7 +48,7 @@ def run_stages(arguments: Arguments) -> int:
         try:
             run = Run(arguments, interrupt)
             work(run, arguments.run.stage)
-            run.accelerator.end_training()
+            run.close()
             return publish(run) if arguments.run.stage in ("all", "evaluate") else 0
         except (Interrupted, KeyboardInterrupt):
             folder = arguments.run.output_dir

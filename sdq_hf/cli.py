@@ -1,12 +1,14 @@
 """The command `sdq-hf`: look at models, compare their bits, publish them."""
 
 import argparse
+import logging
 import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import transformers
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
@@ -15,7 +17,7 @@ from transformers import AutoConfig
 from .checkpoint import DIGEST
 from .configuration_sdq import SDQConfig
 from .costs import bitops_text
-from .layers import PACKED
+from .layers import PACKED, is_quantizer_state
 from .strategy import FLOAT_BITS, LayerBits, Strategy
 
 _MODEL_HELP = "Folder of a saved model, or Hub id; a revision may follow after @, as in org/resnet18-sdq@w2.5."
@@ -24,6 +26,9 @@ _MODEL_HELP = "Folder of a saved model, or Hub id; a revision may follow after @
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; gives the exit code: 0, or 2 after one line that says what is wrong."""
     options = _parser().parse_args(argv)
+    # What they would say while they load and retry is said in the one line at the end.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    transformers.utils.logging.disable_progress_bar()
     try:
         return options.run(options)
     except (ValueError, OSError, RuntimeError) as error:
@@ -78,9 +83,7 @@ def _info(options: argparse.Namespace) -> int:
     print(f"{options.model}: {config.architecture}, {config.num_labels} classes, images {list(config.input_size)}")
     print(strategy.table())
     whole = sum(size for size, _ in files.values())
-    values = [(name, count) for _, counts in files.values() for name, count in counts.items()]
-    rest = sum(count for name, count in values if not name.endswith(PACKED) and name != DIGEST)
-    float_bytes = 4 * (sum(layer.num_weights for layer in strategy.values()) + rest)
+    float_bytes = _float_bytes(strategy, files)
     print(
         f"file {whole / 1e3:,.1f} kB: {strategy.weight_bytes() / 1e3:,.1f} kB of packed weights, the rest biases, norms, "
         f"scales and names; {float_bytes / whole:.1f}x smaller than {float_bytes / 1e3:,.1f} kB in float32"
@@ -146,6 +149,17 @@ def _config(model: str) -> SDQConfig:
     if not isinstance(config, SDQConfig):
         raise ValueError(f"{model} is a model of type {config.model_type!r}, not 'sdq'.")
     return config
+
+
+def _float_bytes(strategy: Strategy, files: Mapping[str, tuple[int, Mapping[str, int]]]) -> int:
+    """What the tensors take in float32, as `SDQForImageClassification.float_bytes` says of a loaded model."""
+    values = [item for _, counts in files.values() for item in counts.items()]
+    rest = [
+        count * (8 if name.endswith("num_batches_tracked") else 4)
+        for name, count in values
+        if not name.endswith(PACKED) and name != DIGEST and not is_quantizer_state(name)
+    ]
+    return 4 * sum(layer.num_weights for layer in strategy.values() if layer.weight_bits != FLOAT_BITS) + sum(rest)
 
 
 def _tensors(model: str) -> dict[str, tuple[int, Mapping[str, int]]]:

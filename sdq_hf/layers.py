@@ -196,6 +196,11 @@ def apply_strategy(model: nn.Module, strategy: Strategy) -> None:
             layer.input_quantizer.set_bits(bits.activation_bits)
 
 
+def is_quantizer_state(name: str) -> bool:
+    """Whether the tensor `name` of a state dict belongs to a quantizer, not to the network."""
+    return ".weight_quantizer." in name or ".input_quantizer." in name
+
+
 def quantizer_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Name and parameter of every learned scale and step: they take their own learning rate and no weight decay."""
     for name, parameter in model.named_parameters():

@@ -26,6 +26,7 @@ from .layers import (
     attach,
     attached_layers,
     input_quantizers,
+    is_quantizer_state,
     quantizable_layers,
     quantized_layers,
     quantizer_parameters,
@@ -182,7 +183,7 @@ class SDQForImageClassification(PackedFilesMixin):
     def load_float_state(self, state: Mapping[str, Tensor]) -> None:
         """Take the weights of a float timm model (its `state_dict`), fit every scale to them, and forget the steps."""
         own = self.timm_model.state_dict()
-        extra = {key for key in own if ".weight_quantizer." in key or ".input_quantizer." in key}
+        extra = {key for key in own if is_quantizer_state(key)}
         missing = own.keys() - extra - state.keys()
         unexpected = state.keys() - own.keys()
         if missing or unexpected:

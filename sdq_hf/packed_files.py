@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from .checkpoint import CheckpointError
-from .layers import input_quantizers, quantized_layers
+from .layers import input_quantizers, is_quantizer_state, quantized_layers
 from .strategy import FLOAT_BITS
 
 # The file that lets transformers find the classes with trust_remote_code=True, without `import sdq_hf`.
@@ -127,10 +127,19 @@ class PackedFilesMixin(PreTrainedModel):
     def size_report(self, folder: str | os.PathLike) -> str:
         """One line: how large the packed weights in `folder` are, beside float32."""
         size = sum(os.path.getsize(os.path.join(folder, f)) for f in os.listdir(folder) if f.endswith(".safetensors"))
-        float_bytes = 4 * sum(p.numel() for p in self.parameters())
+        float_bytes = self.float_bytes()
         return (
             f"Saved {folder}: {size / 1e3:,.1f} kB packed ({self.strategy.average_bits():.2f} average bits), "
             f"{float_bytes / size:.1f}x smaller than {float_bytes / 1e3:,.1f} kB in float32."
+        )
+
+    def float_bytes(self) -> int:
+        """What the tensors of the same network take in float32, without quantizers."""
+        state = self.timm_model.state_dict()
+        return sum(
+            t.numel() * (4 if t.is_floating_point() else t.element_size())
+            for name, t in state.items()
+            if not is_quantizer_state(name)
         )
 
     def ideal_bytes(self) -> int:

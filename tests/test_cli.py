@@ -26,8 +26,9 @@ def test_info_prints_the_strategy_and_the_sizes(folders, capsys):
     printed = capsys.readouterr().out
     assert model.strategy.table() in printed
     assert f"{model.strategy.weight_bytes() / 1e3:,.1f} kB of packed weights" in printed
-    floats = sum(p.numel() for p in model.parameters()) + sum(b.numel() for b in model.buffers())
-    assert f"than {4 * floats / 1e3:,.1f} kB in float32" in printed
+    floats = sum(t.numel() * t.element_size() for t in model.float_twin().state_dict().values())
+    assert model.float_bytes() == floats
+    assert f"than {floats / 1e3:,.1f} kB in float32" in printed
 
 
 def test_diff_lists_the_layers_that_differ(folders, capsys):

@@ -87,7 +87,7 @@ def create_card(
         average_bits=strategy.average_bits(),
         average_bits_with_pinned=strategy.average_bits(include_pinned=True),
         activation_bits=_activation_bits(model),
-        float_bytes=4 * sum(p.numel() for p in model.parameters()),
+        float_bytes=model.float_bytes(),
         ideal_bytes=model.ideal_bytes(),
         file_bytes=file_bytes,
         bitops=bitops_text(strategy.bitops()),

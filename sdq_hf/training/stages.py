@@ -7,6 +7,7 @@ finetune/<name>.json             validation metrics and time
 results.json, plots/*.png        the end
 """
 
+import gc
 import json
 import os
 import shutil
@@ -448,6 +449,17 @@ class Run:
             )
             _remove(checkpoint_dir)
         self.accelerator.wait_for_everyone()
+
+    def close(self) -> None:
+        """End the run: trackers finish, and processes part.
+
+        What was wrapped for several processes is freed first: when the wrapper outlives the connection, torch 2.11 can hang
+        while it frees both.
+        """
+        self.accelerator._models.clear()
+        self.accelerator._optimizers.clear()
+        gc.collect()
+        self.accelerator.end_training()
 
     def _calibrate(self, model: SDQForImageClassification) -> None:
         """Fit activation steps to the main process's images; all ranks take its result."""
