@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 import timm
+from timm.data import ImageNetInfo, infer_imagenet_subset
 from timm.layers import get_act_layer
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._efficientnet_builder import decode_arch_def, resolve_bn_args, round_channels
@@ -146,3 +147,19 @@ def create_backbone(architecture: str, **kwargs: Any) -> nn.Module:
         return timm.create_model(architecture, **kwargs)
     except (TypeError, RuntimeError, AssertionError) as error:
         raise ValueError(f"timm cannot make {architecture!r} with {short(kwargs)}: {error}") from error
+
+
+def hub_id(network: nn.Module) -> str | None:
+    """Hub id of the pretrained weights that timm has for `network`, such as `timm/resnet18.a1_in1k`."""
+    return (getattr(network, "pretrained_cfg", None) or {}).get("hf_hub_id")
+
+
+def pretrained_labels(network: nn.Module) -> dict[int, str] | None:
+    """Class names of timm's pretrained weights of `network`, where they are ImageNet's and the head is still theirs."""
+    config: Any = getattr(network, "pretrained_cfg", None) or {}
+    subset = infer_imagenet_subset(config) if config.get("num_classes") == getattr(network, "num_classes", 0) else None
+    if not subset:
+        return None
+    info = ImageNetInfo(subset)
+    descriptions = info.label_descriptions(as_dict=True)
+    return {i: descriptions[synset] for i, synset in enumerate(info.label_names())}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from .backbones import create_backbone
+from .backbones import create_backbone, hub_id, pretrained_labels
 from .checkpoint import DIGEST
 from .configuration_sdq import SDQConfig
 from .configured_strategy import fitting_strategy, initial_strategy
@@ -97,7 +97,7 @@ class SDQForImageClassification(PackedFilesMixin):
             architecture: timm name, ours (`resnet20_cifar`) included.
             num_labels: size of the head; default: that of the timm model.
             pretrained: load timm's pretrained weights. checkpoint_path: load float weights from a file, as in timm.
-            id2label: label names; sets num_labels.
+            id2label: label names; sets num_labels. Default: ImageNet's, with pretrained weights that have them.
             model_args: further arguments of `timm.create_model`, e.g. `{"in_chans": 1}`.
             img_size: side of the square images in pixels; default: the model's own.
             config_kwargs: fields of `SDQConfig`.
@@ -114,6 +114,9 @@ class SDQForImageClassification(PackedFilesMixin):
             **head,
             **(model_args or {}),
         )
+        if pretrained:
+            config_kwargs.setdefault("base_model", hub_id(source))
+            id2label = id2label if id2label is not None else pretrained_labels(source)
         return cls.from_float(
             source, architecture, id2label=id2label, model_args=model_args, img_size=img_size, **config_kwargs
         )

@@ -24,7 +24,7 @@ from accelerate.utils import broadcast, set_seed
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..backbones import create_backbone
+from ..backbones import create_backbone, hub_id
 from ..costs import get_cost
 from ..layers import input_quantizers
 from ..modeling_sdq import SDQForImageClassification
@@ -188,6 +188,7 @@ class Run:
             pins=bits_by_pattern(model.pins, "pins"),
             weight_quantizer=model.weight_quantizer,
             weight_grid=model.weight_grid,
+            base_model=hub_id(network) if model.pretrained else None,
         )
         return quantized.to(self.accelerator.device).to(memory_format=torch.channels_last)
 

@@ -7,10 +7,12 @@ import sys
 import threading
 
 import pytest
+import timm
 import torch
 import yaml
 from huggingface_hub import HfApi, ModelCard, snapshot_download
 from PIL import Image
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, pipeline
 
 from sdq_hf import SDQForImageClassification
@@ -27,7 +29,7 @@ REPO = "org-user/resnet20-sdq"
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    with HubServer(tokens={"hf_good": "org-user"}) as server:
+    with HubServer(tokens={"hf_good": "org-user", "hf_timm": "timm"}) as server:
         patch_client(monkeypatch, server, tmp_path / "home")
         yield server
 
@@ -157,10 +159,9 @@ def test_an_upload_cut_in_the_middle_leaves_nothing_and_the_old_model_readable(h
     publish_folder(folder, REPO)
     before = hub.files(REPO)
     other = create("resnet20_cifar", seed=1)
-    for path_part in ("/lfs-storage", "/commit/"):
-        hub.fail = lambda method, path, part=path_part: "drop" if method in ("PUT", "POST") and part in path else None
-        if path_part == "/lfs-storage":
-            hub.fail = lambda method, path: "drop" if method == "PUT" else None
+    # While a large file is sent, and while the commit is.
+    for cut_at in ("/storage/", "/commit/"):
+        hub.fail = lambda method, path, part=cut_at: "drop" if method in ("PUT", "POST") and part in path else None
         with pytest.raises(PublishError, match="Cannot publish org-user/resnet20-sdq"):
             other.push_to_hub(REPO)
         hub.fail = None
@@ -283,13 +284,52 @@ def test_a_card_tells_the_truth_about_its_model(hub, model, folder):
             assert line.split("(")[1].rstrip(")") in files
 
 
-def test_a_pretrained_base_is_named(tmp_path):
-    model = create()
-    model.config.base_model = "timm/resnet18.a1_in1k"
-    model.config.pretrained_cfg["license"] = "apache-2.0"
-    model.save_pretrained(tmp_path, print_size=False)
-    loaded = SDQForImageClassification.from_pretrained(tmp_path)
-    data = ModelCard(str(card.create_card(loaded, tmp_path))).data
-    assert data.base_model == "timm/resnet18.a1_in1k"
+def test_a_pretrained_base_is_named(hub, tmp_path):
+    torch.manual_seed(0)
+    source = timm.create_model("test_resnet")
+    save_file(source.state_dict(), tmp_path / "model.safetensors")
+    # timm's own download, from the Hub on loopback.
+    api = HfApi(token="hf_timm")
+    api.create_repo("timm/test_resnet.r160_in1k")
+    api.upload_file(
+        path_or_fileobj=tmp_path / "model.safetensors",
+        path_in_repo="model.safetensors",
+        repo_id="timm/test_resnet.r160_in1k",
+    )
+    model = SDQForImageClassification.from_timm("test_resnet", pretrained=True)
+    assert torch.equal(model.float_twin().conv1[0].weight, source.conv1[0].weight)
+    assert model.config.id2label[1].startswith("goldfish")
+    model.calibrate([torch.randn(2, 3, 160, 160)])
+    model.push_to_hub(REPO)
+    loaded = SDQForImageClassification.from_pretrained(REPO)
+    assert loaded.config.base_model == "timm/test_resnet.r160_in1k"
+    data = ModelCard(hub.files(REPO)["README.md"].decode()).data
+    assert data.base_model == "timm/test_resnet.r160_in1k"
     assert data.base_model_relation == "quantized"
     assert data.license == "apache-2.0"
+    # A new head is for other classes, on the same base.
+    tuned = SDQForImageClassification.from_timm("test_resnet", num_labels=5, pretrained=True)
+    assert tuned.config.base_model == "timm/test_resnet.r160_in1k"
+    assert tuned.config.num_labels == 5
+
+
+def test_a_download_that_is_cut_leaves_nothing_that_is_loaded_later(hub, model, tmp_path):
+    model.push_to_hub(REPO)
+    for part in ("config.json", "/storage/"):
+        cut = []
+
+        def fail(method, path, part=part, cut=cut):
+            """The first answer with the file is cut in the middle, and no later one comes."""
+            if method != "GET" or part not in path:
+                return None
+            cut.append(path)
+            return "drop" if len(cut) == 1 else 503
+
+        hub.fail = fail
+        with pytest.raises(OSError, match=r"."):
+            SDQForImageClassification.from_pretrained(REPO, cache_dir=tmp_path / part.strip("/"))
+        with pytest.raises(OSError, match=r"."):
+            SDQForImageClassification.from_pretrained(REPO, cache_dir=tmp_path / part.strip("/"), local_files_only=True)
+        hub.fail = None
+        loaded = SDQForImageClassification.from_pretrained(REPO, cache_dir=tmp_path / part.strip("/"))
+        assert torch.equal(logits(loaded), logits(model))
