@@ -56,11 +56,14 @@ class SDQHfQuantizer(HfQuantizer):
     ) -> nn.Module:
         new = set(model.new_layers)
         for name, layer in quantized_layers(model).items():
-            if name in new:
-                continue
-            size = packed_size(layer.weight.numel(), layer.weight_quantizer.bits)
-            layer.register_buffer(PACKED, torch.empty(size, dtype=torch.uint8, device=layer.weight.device))
             layer.__dict__[_AWAY] = layer.weight.shape, layer.weight.dtype
+            if name in new:
+                # Nothing of the file is for it, and its bias would be taken in the file's size.
+                layer.__dict__[_AWAY] += (layer.bias is not None,)
+                layer.bias = None
+            else:
+                size = packed_size(layer.weight.numel(), layer.weight_quantizer.bits)
+                layer.register_buffer(PACKED, torch.empty(size, dtype=torch.uint8, device=layer.weight.device))
             del layer.weight
         if checkpoint_files:
             optional = {f"{name}.{key}" for name in new for key in ("weight", PACKED, "bias")}
@@ -73,6 +76,10 @@ class SDQHfQuantizer(HfQuantizer):
             quantizer = layer.weight_quantizer
             check_values(name, quantizer.scale, steps.get(name))
             if name in model.new_layers:
+                shape, dtype, has_bias = layer.__dict__.pop(_AWAY)
+                layer.weight = nn.Parameter(torch.empty(shape, dtype=dtype, device=quantizer.scale.device))
+                layer.bias = nn.Parameter(layer.weight.new_empty(shape[0])) if has_bias else None
+                layer.reset_parameters()  # type: ignore[operator]
                 quantizer.set_bits(quantizer.bits, layer.weight)
                 continue
             packed, (shape, dtype) = layer._buffers.pop(PACKED), layer.__dict__.pop(_AWAY)
