@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .quantizers import ActivationQuantizer
+from .strategy import short
 
 DIGEST = "sdq_sha256"
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -63,6 +64,21 @@ def check_files(files: Sequence[str], expected: Mapping[str, Tensor], optional: 
         )
     if DIGEST in seen:
         _check_digest(files)
+
+
+def check_index(folder: str) -> None:
+    """The index of a sharded file in a local `folder`, if there is one, names files of that folder only."""
+    path = Path(folder) / "model.safetensors.index.json"
+    if not path.is_file():
+        return
+    try:
+        index = json.loads(path.read_text())
+        names = set(index["weight_map"].values()) if isinstance(index["metadata"], dict) else set()
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path.name} is no index of a sharded model: {error!r}") from error
+    wrong = sorted(str(name) for name in names if not isinstance(name, str) or Path(name).name != name)
+    if wrong or not names:
+        raise CheckpointError(f"{path.name} must name the files of its folder, got {short(wrong or index)}.")
 
 
 def _check_tensor(path: str, name: str, header: Any, expected: Mapping[str, Tensor]) -> None:

@@ -102,7 +102,7 @@ class SDQConfig(PretrainedConfig):
                 raise ValueError(f"pins must map patterns of layer names to bits, got the pattern {short(pattern)}.")
             _check_bits(f"pins[{pattern!r}]", bits)
         _check_model_args(self.model_args)
-        _check_pretrained_cfg(self.pretrained_cfg)
+        check_pretrained_cfg(self.pretrained_cfg)
         if self.strategy is not None:
             Strategy.from_json(self.strategy)
 
@@ -151,6 +151,7 @@ _NOT_FOR_MODEL_ARGS = ("cache_dir", "checkpoint_path", "exportable", "features_o
 # No network has a number of layers, a width or a side of its images above this; larger ones would only exhaust the machine.
 _LARGEST_ARGUMENT = 16384
 _LARGEST_HEAD = 1_000_000
+_INTERPOLATIONS = ("bilinear", "bicubic", "nearest", "lanczos", "box", "hamming", "random")
 _DTYPES = ("float32", "float16", "bfloat16", "float64", "auto")
 
 
@@ -189,7 +190,8 @@ def _check_plain(field: str, value: Any, depth: int = 0) -> None:
     raise ValueError(f"{field} must be a plain value that JSON can hold, got {short(value)}.")
 
 
-def _check_pretrained_cfg(config: Any) -> None:
+def check_pretrained_cfg(config: Any) -> None:
+    """`ValueError` for a field of timm's data configuration that the transforms could not work with."""
     if config is None:
         return
     if not isinstance(config, Mapping):
@@ -211,6 +213,9 @@ def _check_pretrained_cfg(config: Any) -> None:
                 f"pretrained_cfg[{field!r}] must be one number for each channel"
                 f"{', none of them 0' * (field == 'std')}, got {short(values)}."
             )
+    for field, known in (("interpolation", _INTERPOLATIONS), ("crop_mode", ("center", "squash", "border"))):
+        if config.get(field) is not None:
+            _one_of(f"pretrained_cfg[{field!r}]", config[field], known)
     share = config.get("crop_pct")
     if share is not None and not (_is_number(share) and 0.05 <= share <= 2):
         raise ValueError(f"pretrained_cfg['crop_pct'] must be from 0.05 to 2, got {short(share)}.")

@@ -7,12 +7,18 @@ from transformers.image_transforms import to_pil_image
 from transformers.image_utils import make_flat_list_of_images
 from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmWrapperImageProcessor
 
+from .configuration_sdq import check_pretrained_cfg
+
 
 class SDQImageProcessor(TimmWrapperImageProcessor):
     """As `TimmWrapperImageProcessor`; images of any mode are brought to the network's channels, 1 (grey) or 3 (RGB).
 
     Without it a network for grey images would not work in a `pipeline`, which loads every image as RGB.
     """
+
+    def __init__(self, pretrained_cfg: dict[str, Any], architecture: str | None = None, **kwargs: Any):
+        check_pretrained_cfg(pretrained_cfg)
+        super().__init__(pretrained_cfg, architecture, **kwargs)
 
     def preprocess(self, images: Any, return_tensors: Any = "pt", **kwargs: Any) -> Any:
         """Images (PIL, numpy, or lists of them) -> `pixel_values`, float32 [B, C, H, W]; tensors are only transformed."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from .checkpoint import CheckpointError
+from .checkpoint import CheckpointError, check_index
 from .layers import input_quantizers, is_quantizer_state, quantized_layers
 from .strategy import FLOAT_BITS
 
@@ -43,6 +43,8 @@ class PackedFilesMixin(PreTrainedModel):
         kwargs.setdefault("use_safetensors", True)
         token = allows_new_layers.set(bool(kwargs.get("ignore_mismatched_sizes", False)))
         try:
+            if os.path.isdir(pretrained_model_name_or_path):
+                check_index(os.path.join(pretrained_model_name_or_path, kwargs.get("subfolder", "")))
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
             )

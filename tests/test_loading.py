@@ -91,6 +91,21 @@ def test_without_the_import_transformers_refuses(saved):
     assert "`sdq`" in done.stderr
 
 
+@pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", 3, None])
+def test_an_index_that_names_files_elsewhere_is_refused(model, tmp_path, name):
+    model.save_pretrained(tmp_path, max_shard_size="20KB", print_size=False)
+    path = tmp_path / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"][next(iter(index["weight_map"]))] = name
+    path.write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"index\.json must name the files of its folder"):
+        SDQForImageClassification.from_pretrained(tmp_path)
+    for text in ("{", "[]", "{}", '{"metadata": {}, "weight_map": []}'):
+        path.write_text(text)
+        with pytest.raises(CheckpointError, match=r"index\.json is no index"):
+            SDQForImageClassification.from_pretrained(tmp_path)
+
+
 # Quantized citizenship -----------------------------------------------------------------------------------------------
 
 
@@ -299,6 +314,8 @@ def _layer(index, **fields):
         (_set(pretrained_cfg={"input_size": [3, 10**9, 10**9]}), "input_size"),
         (_set(pretrained_cfg={"input_size": [3, 32, 32], "mean": ["a"]}), "mean"),
         (_set(pretrained_cfg={"input_size": [3, 32, 32], "std": [0, 0, 0]}), "std"),
+        (_set(pretrained_cfg={"interpolation": "cubic"}), "interpolation.*bicubic"),
+        (_set(pretrained_cfg={"crop_mode": [1]}), "crop_mode"),
         (_set(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}), "quant_method"),
         (_set(strategy={}), "list of layers"),
         (_layer(3, layer="layer9.0.conv1"), r"layer9\.0\.conv1"),
