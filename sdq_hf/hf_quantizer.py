@@ -12,7 +12,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .checkpoint import DIGEST, check_files, check_values, digest
 from .layers import PACKED, input_quantizers, quantized_layers
-from .packing import pack, packed_size, unpack_parts
+from .packing import pack, packed_size, unpack, unpack_parts
 
 # Where a layer's weight shape and type are kept while the weight itself is away.
 _AWAY = "_sdq_weight_shape_and_dtype"
@@ -84,11 +84,15 @@ class SDQHfQuantizer(HfQuantizer):
                 continue
             packed, (shape, dtype) = layer._buffers.pop(PACKED), layer.__dict__.pop(_AWAY)
             assert packed is not None
-            weight = torch.empty(shape, dtype=dtype, device=packed.device)
-            for start, codes in unpack_parts(packed, quantizer.bits, shape.numel()):
-                weight.view(-1)[start : start + codes.numel()] = quantizer.from_codes(codes)
+            if quantizer.form == "lsq":
+                weight = torch.empty(shape, dtype=dtype, device=packed.device)
+                for start, codes in unpack_parts(packed, quantizer.bits, shape.numel()):
+                    weight.view(-1)[start : start + codes.numel()] = quantizer.from_codes(codes)
+            else:
+                # In float32 whatever the rest has: these weights are normalised by all of them.
+                weight = quantizer.latent(unpack(packed, quantizer.bits, shape.numel()).view(shape))
             layer.weight = nn.Parameter(weight)
-            quantizer.exact = True
+            quantizer.mark_quantized(layer.weight)
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> nn.Module:

@@ -52,13 +52,6 @@ class QuantizedLayer(nn.Module):
         del self.weight_quantizer
         self.has_float_weight = True
 
-    @torch.no_grad()
-    def make_latent(self) -> None:
-        """Replace the weights of a loaded model, which are quantized already, by real ones quantized to the same."""
-        if self.weight_quantizer.exact and not self.weight.is_meta:
-            self.weight.copy_(self.weight_quantizer.latent(self.weight))
-            self.weight_quantizer.exact = False
-
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         # `load_state_dict` takes the tensors of a packed file too, as transformers' Trainer hands them over.
         if prefix + PACKED in state_dict and not self.has_float_weight:
@@ -66,10 +59,7 @@ class QuantizedLayer(nn.Module):
             codes = unpack(state_dict.pop(prefix + PACKED), quantizer.bits, self.weight.numel())
             with torch.no_grad():
                 quantizer.scale.copy_(state_dict[f"{prefix}weight_quantizer.scale"])
-            quantizer.exact = True
-            weight = quantizer.from_codes(codes.to(self.weight.device).view(self.weight.shape))
-            state_dict[f"{prefix}weight"] = quantizer.latent(weight)
-            quantizer.exact = False
+            state_dict[f"{prefix}weight"] = quantizer.latent(codes.to(self.weight.device).view(self.weight.shape))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, x: Tensor) -> Tensor:

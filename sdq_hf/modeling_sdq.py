@@ -228,14 +228,6 @@ class SDQForImageClassification(PackedFilesMixin):
         """Whether every activation step has been fitted or loaded."""
         return all(quantizer.step.item() > 0 for quantizer in input_quantizers(self.timm_model).values())
 
-    def train(self, mode: bool = True) -> "SDQForImageClassification":
-        """As in torch. A loaded model has quantized weights only; training it puts real weights behind them that are
-        quantized to the same numbers, so it goes on from exactly the published function."""
-        if mode:
-            for layer in self.quantized_layers().values():
-                layer.make_latent()
-        return super().train(mode)
-
     # Calibration -------------------------------------------------------------------------------------------------
 
     @torch.no_grad()

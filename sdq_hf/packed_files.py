@@ -5,8 +5,10 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
+from .backbones import create_backbone
 from .checkpoint import CheckpointError, check_index
 from .layers import input_quantizers, is_quantizer_state, quantized_layers
 from .strategy import FLOAT_BITS
@@ -63,6 +65,7 @@ class PackedFilesMixin(PreTrainedModel):
             raise CheckpointError(
                 f"{pretrained_model_name_or_path}: the file lacks {missing[0]!r}, which config.json asks for."
             )
+        _restore_buffers(model)
         return (model, info) if wants_info else model
 
     def save_pretrained(
@@ -95,6 +98,8 @@ class PackedFilesMixin(PreTrainedModel):
         if remote_code:
             self.config.auto_map = dict(_AUTO_MAP)
         super().save_pretrained(save_directory, **kwargs)
+        if not kwargs.get("is_main_process", True):
+            return
         if remote_code:
             remote.write_text(_REMOTE_SOURCE)
         else:
@@ -150,3 +155,18 @@ class PackedFilesMixin(PreTrainedModel):
         rest = sum(t.numel() * t.element_size() for k, t in self.timm_model.state_dict().items() if k not in packed)
         quantized = [x for x in self.strategy.values() if x.weight_bits != FLOAT_BITS]
         return rest + sum(x.num_weights * x.weight_bits for x in quantized) // 8
+
+
+@torch.no_grad()
+def _restore_buffers(model: Any) -> None:
+    """Fill the buffers that no file holds (tables of positions and the like): made on the meta device, they hold nothing."""
+    config, network = model.config, model.timm_model
+    kept = network.state_dict().keys()
+    empty = {name: buffer for name, buffer in network.named_buffers() if name not in kept}
+    if empty:
+        fresh = create_backbone(
+            config.architecture, pretrained=False, num_classes=config.num_labels, **config.model_args
+        )
+        made = dict(fresh.named_buffers())
+        for name, buffer in empty.items():
+            buffer.copy_(made[name])

@@ -1,5 +1,6 @@
 """Saving and loading as transformers' users know it, and files that are damaged or do not fit."""
 
+import copy
 import json
 import shutil
 import subprocess
@@ -166,7 +167,6 @@ def test_a_model_loaded_in_bfloat16_has_the_same_codes(model, saved, tmp_path):
     reference = logits(model)
     # bfloat16 keeps 8 bits of a number.
     assert (output.float() - reference).abs().max() < 0.1 * reference.abs().max()
-    loaded.train()
     loaded.save_pretrained(tmp_path, print_size=False)
     before, after = (load_file(path / "model.safetensors") for path in (saved, tmp_path))
     for key, value in before.items():
@@ -202,7 +202,40 @@ def test_load_state_dict_takes_the_tensors_of_a_packed_file(tmp_path, form):
     assert torch.equal(logits(other.eval()), logits(model))
     # They are real weights to train, quantized in the forward pass.
     other.train()(images()).logits.sum().backward()
-    assert not any(layer.weight_quantizer.exact for layer in other.quantized_layers().values())
+
+
+@pytest.mark.parametrize("form", ["lsq", "dorefa", "entropy"])
+def test_a_loaded_model_stays_quantized_whatever_happens_to_its_weights(tmp_path, form):
+    """Training in eval mode, another state dict, a moving average: what is computed is what a file of it gives."""
+    model, other = (create("resnet8_cifar", seed, weight_quantizer=form) for seed in (0, 1))
+    for one in (model, other):
+        one.set_strategy({name: 1 + i % 4 for i, name in enumerate(model.strategy.searchable)})
+    model.save_pretrained(tmp_path / "a", print_size=False)
+    loaded = SDQForImageClassification.from_pretrained(tmp_path / "a")
+    optimizer = torch.optim.SGD(loaded.parameters(), lr=0.01)
+    average = torch.optim.swa_utils.AveragedModel(loaded)
+    for _ in range(3):
+        loaded.eval()(images()).logits.square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        average.update_parameters(loaded)
+    replaced = SDQForImageClassification.from_pretrained(tmp_path / "a")
+    replaced.load_state_dict(other.state_dict())
+    assert torch.equal(logits(replaced), logits(other))
+    for i, one in enumerate((loaded, average.module, replaced, copy.deepcopy(loaded))):
+        one.eval().save_pretrained(tmp_path / str(i), print_size=False)
+        assert torch.equal(logits(SDQForImageClassification.from_pretrained(tmp_path / str(i))), logits(one))
+        layer = one.quantized_layers()["layer1.0.conv1"]
+        assert len(layer.quantized_weight().unique()) <= 2
+
+
+@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "vit_small_patch16_dinov3", "vit_tiny_patch16_224"])
+def test_buffers_that_no_file_holds_are_filled(tmp_path, name):
+    model = create(name, size=None)
+    size = model.config.input_size
+    pixels = torch.randn(1, *size, generator=torch.Generator().manual_seed(0))
+    model.save_pretrained(tmp_path, print_size=False)
+    assert torch.equal(logits(SDQForImageClassification.from_pretrained(tmp_path), pixels), logits(model, pixels))
 
 
 def test_every_layer_of_a_deep_copy_keeps_its_own_quantizers(model):

@@ -19,7 +19,7 @@ def images(seed=0, size=32):
 def create(name="resnet8_cifar", seed=0, size=32, **kwargs):
     torch.manual_seed(seed)
     model = SDQForImageClassification.from_timm(name, num_labels=10, img_size=size, **kwargs)
-    model.calibrate([images(size=size)])
+    model.calibrate([torch.randn(2, *model.config.input_size) if size is None else images(size=size)])
     return model.eval()
 
 

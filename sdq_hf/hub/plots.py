@@ -189,7 +189,7 @@ def _plot_layer_weights(axis: Any, layer: QuantizedLayer) -> None:
     grid, bits, scale = quantizer.grid, quantizer.bits, quantizer.scale.detach().cpu()
     low, high = extremes(grid, bits)
     levels = np.arange(low, high + 1, spacing(grid, bits)) / half_range(grid, bits)
-    if quantizer.exact:
+    if quantizer.is_quantized(layer.weight):
         values = (quantizer.integers(layer.weight).detach().cpu() / half_range(grid, bits)).flatten().numpy()
         gap = spacing(grid, bits) / half_range(grid, bits)
         heights, _ = np.histogram(values, bins=np.append(levels - gap / 2, levels[-1] + gap / 2))

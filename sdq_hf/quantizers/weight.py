@@ -136,15 +136,16 @@ class WeightQuantizer(KeepsPositive, nn.Module):
     """Quantizes one layer's weights at `bits`, 1 to 8.
 
     Holds one parameter, `scale` (0-d float32). `bits` is set by the model from its strategy and is not saved here.
-    A loaded model's weights are already quantized: then the module is `exact` and passes them through untouched, until
-    training replaces them by `latent` weights.
+    A loaded model has real weights too, those of `latent`. LSQ maps its own output to itself, so a loaded LSQ layer keeps the
+    quantized weights, and they are passed through as long as nothing has touched them.
     """
 
     def __init__(self, form: str, grid: str, bits: int):
         super().__init__()
         self.form, self.grid, self.bits = form, grid, bits
         self.scale = nn.Parameter(torch.ones((), dtype=torch.float32))
-        self.exact = False
+        # Place and version of weights that are known to be quantized: see `mark_quantized`.
+        self._quantized: tuple[int, int] | None = None
 
     def extra_repr(self) -> str:
         return f"{self.form}, {self.grid}, bits={self.bits}"
@@ -154,7 +155,7 @@ class WeightQuantizer(KeepsPositive, nn.Module):
         if not MIN_BITS <= bits <= MAX_BITS:
             raise ValueError(f"Weight bits must be {MIN_BITS} to {MAX_BITS}, got {bits}.")
         self.bits = bits
-        self.exact = False
+        self._quantized = None
         if not w.is_meta:
             self.fit_scale(w)
 
@@ -164,7 +165,7 @@ class WeightQuantizer(KeepsPositive, nn.Module):
         self._least = None
 
     def forward(self, w: Tensor) -> Tensor:
-        if self.exact:
+        if not torch.is_grad_enabled() and self.is_quantized(w):
             return w
         self.keep_positive(self.scale)
         scale: Tensor = self.scale
@@ -174,8 +175,6 @@ class WeightQuantizer(KeepsPositive, nn.Module):
 
     def integers(self, w: Tensor) -> Tensor:
         """The integers (float, shape of `w`) behind the quantized weights."""
-        if self.exact:
-            return torch.round(w.float() / (self.scale / half_range(self.grid, self.bits)))
         return quantize_to_integers(w.float(), self.form, self.grid, self.bits, self.scale)
 
     def codes(self, w: Tensor) -> Tensor:
@@ -186,16 +185,25 @@ class WeightQuantizer(KeepsPositive, nn.Module):
         """The quantized weights (float32) that `codes` stand for."""
         return dequantize(codes_to_integers(codes, self.grid, self.bits), self.grid, self.bits, self.scale.detach())
 
+    def mark_quantized(self, w: Tensor) -> None:
+        """Say that `w`, from now on this layer's weights, went through LSQ: quantizing it again would change nothing."""
+        if self.form == "lsq":
+            self._quantized = (w.data_ptr(), w._version)
+
+    def is_quantized(self, w: Tensor) -> bool:
+        """Whether `w` is what was marked, untouched since."""
+        return self._quantized == (w.data_ptr(), w._version)
+
     @torch.no_grad()
-    def latent(self, quantized: Tensor) -> Tensor:
-        """Real weights that this quantizer maps to exactly `quantized`: where fine-tuning a loaded model starts.
+    def latent(self, codes: Tensor) -> Tensor:
+        """Real weights (float32) that this quantizer maps to exactly what `codes` stand for: those of a loaded model.
 
         LSQ maps its own output to itself. DoReFa's and the entropy form's normalisation depends on all weights of the
         layer, so weights must be found whose normalisation is right.
         """
         if self.form == "lsq":
-            return quantized.clone()
-        x = self.integers(quantized) / half_range(self.grid, self.bits)
+            return self.from_codes(codes)
+        x = codes_to_integers(codes, self.grid, self.bits) / half_range(self.grid, self.bits)
         if self.form == "dorefa":
             # Any common factor below 1 will do, as the largest |tanh| is divided out again. The largest weight stood on
             # an outermost level; two's complement has none at +1, so one weight of that level goes there.

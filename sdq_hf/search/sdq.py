@@ -117,8 +117,6 @@ def search(
     log = SearchLog() if log is None else log
     log.cost, log.method = cost, method
     log.start, log.start_cost = dict(descent.start), descent.total(descent.start)
-    for layer in model.quantized_layers().values():
-        layer.make_latent()
     if method == "greedy":
         _no_options(method, options)
         return _greedy(model, descent, log)
