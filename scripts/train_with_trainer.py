@@ -86,7 +86,8 @@ def main() -> None:
         teacher = model.float_twin()
         teacher.load_state_dict(load_file(options.teacher))
         trainer = DistillationTrainer(teacher=teacher, **common)
-    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    resume = training.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
     trainer.save_model()
     print(trainer.evaluate())
     print("test:", trainer.evaluate(transformed("test", transform), metric_key_prefix="test"))

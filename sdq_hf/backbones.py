@@ -145,7 +145,7 @@ def create_backbone(architecture: str, **kwargs: Any) -> nn.Module:
         raise ValueError(f"Unknown timm model {architecture!r}.{hint} `timm.list_models()` lists {len(known)} names.")
     try:
         return timm.create_model(architecture, **kwargs)
-    except (TypeError, RuntimeError, AssertionError) as error:
+    except Exception as error:  # each family of networks refuses wrong arguments in a way of its own
         raise ValueError(f"timm cannot make {architecture!r} with {short(kwargs)}: {error}") from error
 
 

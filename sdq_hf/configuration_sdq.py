@@ -97,6 +97,8 @@ class SDQConfig(PretrainedConfig):
         _check_bits("first_last_bits", self.first_last_bits)
         if not isinstance(self.pins, Mapping):
             raise ValueError(f"pins must map patterns of layer names to bits, got {short(self.pins)}.")
+        if len(self.pins) > _MOST_PINS:
+            raise ValueError(f"pins must be at most {_MOST_PINS} patterns, got {len(self.pins)}.")
         for pattern, bits in self.pins.items():
             if not isinstance(pattern, str):
                 raise ValueError(f"pins must map patterns of layer names to bits, got the pattern {short(pattern)}.")
@@ -150,6 +152,11 @@ def _one_of(field: str, value: Any, choices: tuple[str, ...]) -> None:
 _NOT_FOR_MODEL_ARGS = ("cache_dir", "checkpoint_path", "exportable", "features_only", "no_jit", "scriptable")
 # No network has a number of layers, a width or a side of its images above this; larger ones would only exhaust the machine.
 _LARGEST_ARGUMENT = 16384
+# What timm takes as numbers of blocks; deeper networks than any would take for ever to be made.
+_DEPTHS = ("depth", "depths", "layers", "blocks_per_stage", "num_blocks")
+_LARGEST_DEPTH = 256
+_MOST_PINS = 1000
+_LARGEST_SIDE = 4096
 _LARGEST_HEAD = 1_000_000
 _INTERPOLATIONS = ("bilinear", "bicubic", "nearest", "lanczos", "box", "hamming", "random")
 _DTYPES = ("float32", "float16", "bfloat16", "float64", "auto")
@@ -173,6 +180,19 @@ def _check_model_args(arguments: Any) -> None:
         if not isinstance(name, str) or name in _NOT_FOR_MODEL_ARGS or name.startswith("pretrained"):
             raise ValueError(f"model_args must not hold {short(name)}: it does not describe the network.")
         _check_plain(f"model_args[{name!r}]", value)
+        if name in _DEPTHS and any(_is_number(n) and n > _LARGEST_DEPTH for n in _numbers(value)):
+            raise ValueError(f"model_args[{name!r}] must be at most {_LARGEST_DEPTH}, got {short(value)}.")
+        if any(isinstance(text, str) and re.search(r"\d{4,}", text) for text in _numbers(value)):
+            raise ValueError(
+                f"model_args[{name!r}] must not hold numbers of four digits in a text, got {short(value)}."
+            )
+
+
+def _numbers(value: Any) -> list[Any]:
+    """The values in nested lists and mappings."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    return [n for item in value for n in _numbers(item)] if isinstance(value, list | tuple) else [value]
 
 
 def _check_plain(field: str, value: Any, depth: int = 0) -> None:
@@ -219,6 +239,12 @@ def check_pretrained_cfg(config: Any) -> None:
     share = config.get("crop_pct")
     if share is not None and not (_is_number(share) and 0.05 <= share <= 2):
         raise ValueError(f"pretrained_cfg['crop_pct'] must be from 0.05 to 2, got {short(share)}.")
+    side = max(size[1:]) / min(1.0, share or 1.0) if size is not None else 0
+    if side > _LARGEST_SIDE:
+        raise ValueError(
+            f"pretrained_cfg: images would be resized to {side:.0f} pixels, at most {_LARGEST_SIDE} are supported, "
+            f"with input_size {short(size)} and crop_pct {share}."
+        )
 
 
 def _check_labels(kwargs: Mapping[str, Any]) -> None:
@@ -243,7 +269,9 @@ def _check_common(kwargs: Mapping[str, Any]) -> None:
         known = value is None or isinstance(value, torch.dtype) or (isinstance(value, str) and value in _DTYPES)
         if not known:
             raise ValueError(f"{field} must be one of {', '.join(_DTYPES)}, got {short(value)}.")
-    for field in ("transformers_weights", "fusion_config"):
+    # The last three can make transformers load code for attention from the Hub.
+    refused = ("transformers_weights", "fusion_config", "attn_implementation", "_attn_implementation")
+    for field in (*refused, "experts_implementation"):
         if kwargs.get(field) is not None:
             raise ValueError(f"{field} has no place in the configuration of a quantized timm model.")
     texts: dict[str, Any] = {

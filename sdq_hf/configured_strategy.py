@@ -1,5 +1,6 @@
 """The strategy that a configuration gives a network: the one it holds, or the top of the ladder."""
 
+import fnmatch
 from dataclasses import replace
 from typing import Any, cast
 
@@ -37,7 +38,7 @@ def initial_strategy(config: SDQConfig, network: nn.Module) -> Strategy:
         weights = sum(p.numel() for key, p in layers[name].named_parameters() if key == "weight")
         result[name] = LayerBits(bits, activation_bits, weights, macs[name], is_end or pin is not None)
     for pattern in config.pins:
-        if not any(config.pinned_bits(name) is not None for name in names):
+        if not fnmatch.filter(names, pattern):
             raise ValueError(f"pins: no layer of {config.architecture} matches {pattern!r}, e.g. {names[:3]}.")
     if not any(not layer.pinned for layer in result.values()):
         raise ValueError(f"{config.architecture} has no layer left to search: all {len(names)} are pinned.")

@@ -1,6 +1,7 @@
 """Publishing on the Hub: everything of a model in one commit, and the budgets of a run as revisions of one repository."""
 
 import json
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,17 +13,21 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from huggingface_hub.utils import validate_repo_id
 
 from ..modeling_sdq import SDQForImageClassification
-from .card import RunFacts, create_card, with_repo_id
+from ..packed_files import REMOTE_CODE
+from .card import PICTURES, RunFacts, create_card, with_repo_id
 
 # The HTTP library's own error: which library that is differs between versions of huggingface_hub.
 _HTTPError: type[Exception] = HfHubHTTPError.__bases__[0]
 
-# What one publication may leave behind for the next to clear away.
-_OWN_FILES = ("*.safetensors", "*.safetensors.index.json", "plots/*.png", "sdq_remote.py")
+# What belongs to a model and is published; a later publication clears away those that it lacks.
+_OWN_FILES = re.compile(
+    r"config\.json|preprocessor_config\.json|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|README\.md|"
+    rf"{re.escape(REMOTE_CODE)}|plots/({'|'.join(PICTURES)})\.png"
+)
 
 
 class PublishError(RuntimeError):
-    """Nothing was published; the message says why, and where the model is."""
+    """A model was not published; the message says why, and where it is."""
 
 
 def check_access(repo_id: str, token: str | bool | None = None) -> None:
@@ -43,12 +48,15 @@ def publish_folder(
     commit_description: str | None = None,
     create_pr: bool = False,
     card: str | ModelCard | None = None,
+    kept: str | None = None,
 ) -> str:
     """Publish a folder that `save_pretrained` wrote, in one commit; gives the commit's address.
 
     The folder is loaded first, so that what is published can be loaded. The card is `card`, or the folder's README.md, or one
     that is written; its placeholder id is replaced by `repo_id`. The folder itself is not changed. A branch `revision` is
     made when it is missing. Files of an earlier publication that this one lacks are deleted in the same commit.
+
+    Only the files of a model are published. `kept` is what an error says of where the model is.
 
     Raises `PublishError` when the Hub cannot be reached or refuses; `ValueError` when the folder holds no such model, or its
     card has metadata that is no YAML.
@@ -57,24 +65,29 @@ def publish_folder(
     model = SDQForImageClassification.from_pretrained(folder)
     if card is None:
         path = folder / "README.md"
-        card = _checked(path) if path.exists() else create_card(model, folder)
-    files = [path for path in folder.rglob("*") if path.is_file() and not _hidden(path.relative_to(folder))]
+        card = path.read_text(encoding="utf-8") if path.exists() else create_card(model, folder)
+    _check_card(str(card), folder)
+    files = [path for path in folder.rglob("*") if path.is_file() and _is_own(path.relative_to(folder).as_posix())]
     names = [path.relative_to(folder).as_posix() for path in files]
-    with _explained(repo_id, f"the model is in {folder}"):
+    with _explained(repo_id, kept or f"the model is in {folder}"):
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if revision is not None and not revision.startswith("refs/") and revision != "main":
+        if revision not in (None, "main") and not str(revision).startswith("refs/") and not create_pr:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         operations: list[Any] = [
             CommitOperationAdd(name, path) for name, path in zip(names, files, strict=True) if name != "README.md"
         ]
         operations.append(CommitOperationAdd("README.md", with_repo_id(str(card), repo_id).encode()))
-        there = api.list_repo_files(repo_id, revision=revision)
-        stale = [name for name in there if name not in names and any(Path(name).match(p) for p in _OWN_FILES)]
+        # The Hub refuses the commit when another one was made since: files that are the same as there are not sent, so two
+        # publications at the same time would be mixed up.
+        parent = api.repo_info(repo_id, revision=revision).sha
+        there = api.list_repo_files(repo_id, revision=parent)
+        stale = [name for name in there if name not in names and name != "README.md" and _is_own(name)]
         operations += [CommitOperationDelete(name) for name in stale]
         commit = api.create_commit(
             repo_id,
             operations,
+            parent_commit=parent,
             commit_message=commit_message
             or f"Upload {model.config.architecture}, {model.strategy.average_bits():.2f} bits",
             commit_description=commit_description,
@@ -105,7 +118,8 @@ def publish_model(
             if any(not layer.pinned for layer in model.strategy.values()):
                 plot_weights(model, folder / "plots" / "weights.png")
             card = create_card(model, folder, license=license)
-        return publish_folder(folder, repo_id, card=card, **options)
+        kept = "the model is still in memory; save_pretrained keeps it"
+        return publish_folder(folder, repo_id, card=card, kept=kept, **options)
 
 
 def publish_run(folder: str | Path, repo_id: str, license: str | None = None, **options: Any) -> dict[str, str]:
@@ -119,12 +133,18 @@ def publish_run(folder: str | Path, repo_id: str, license: str | None = None, **
     revisions = {row["name"]: revision_of(row) for row in results["rows"] if row["method"] == "sdq"}
     if not revisions:
         raise ValueError(f"{folder}: results.json has no row of an SDQ search to publish.")
-    found = {}
+    found: dict[str, str] = {}
+    cards = {}
     for name, revision in [*revisions.items(), (next(iter(revisions)), None)]:
         path = folder / "models" / name
         model = SDQForImageClassification.from_pretrained(path)
-        card = create_card(model, path, RunFacts(results, name, revisions), license=license, revision=revision)
-        found[revision or "main"] = publish_folder(path, repo_id, card=card, revision=revision, **options)
+        cards[path, revision] = create_card(
+            model, path, RunFacts(results, name, revisions), license=license, revision=revision
+        )
+    for (path, revision), card in cards.items():
+        before = f"published before that: {', '.join(found)}; " if found else ""
+        kept = f"{before}the models are in {folder / 'models'}"
+        found[revision or "main"] = publish_folder(path, repo_id, card=card, revision=revision, kept=kept, **options)
     return found
 
 
@@ -134,17 +154,17 @@ def revision_of(row: Mapping[str, Any]) -> str:
     return f"w{budget}" if row["cost"] == "bits" else f"{row['cost']}-w{budget}"
 
 
-def _checked(path: Path) -> str:
-    """The text of a card whose metadata can be read."""
+def _check_card(card: str, folder: Path) -> None:
+    """`ValueError` for a card whose metadata cannot be read."""
     try:
-        ModelCard.load(path)
+        ModelCard(card)
     except Exception as error:  # yaml has a dozen kinds of errors, huggingface_hub more
-        raise ValueError(f"{path}: the metadata of the card cannot be read: {' '.join(str(error).split())}") from error
-    return path.read_text(encoding="utf-8")
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{folder / 'README.md'}: the metadata of the card cannot be read: {reason}") from error
 
 
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+def _is_own(name: str) -> bool:
+    return _OWN_FILES.fullmatch(name) is not None
 
 
 @contextmanager
@@ -166,6 +186,8 @@ def _reason(error: BaseException) -> str:
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status == 401:
         return "the Hub does not know the token (401): log in with `hf auth login`, or set HF_TOKEN"
+    if status == 412:
+        return "another commit was made there in the meantime (412): publish again"
     if status == 403:
         return "the token may not write there (403)"
     if status is not None:

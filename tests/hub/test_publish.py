@@ -128,6 +128,37 @@ def test_a_saved_folder_is_published_with_the_card_that_is_in_it(hub, model, fol
     assert hub.commits("org-user/other")[0][1] == "By save"
 
 
+def test_only_the_files_of_a_model_are_published_and_cleared(hub, folder):
+    (folder / "checkpoint-3").mkdir()
+    for name in ("checkpoint-3/optimizer.pt", "training_args.bin", "real_weights.safetensors", "secret.txt"):
+        (folder / name).write_text("mine")
+    (folder / "config_link.json").symlink_to("/etc/hostname")
+    publish_folder(folder, REPO)
+    assert set(hub.files(REPO)) == {".gitattributes", "README.md", "config.json", "model.safetensors"}
+    theirs = {"onnx/model.safetensors", "docs/plots/bits.png", "adapter_model.safetensors", "notes.md"}
+    for name in theirs:
+        HfApi().upload_file(path_or_fileobj=b"theirs", path_in_repo=name, repo_id=REPO)
+    publish_folder(folder, REPO)
+    assert theirs <= set(hub.files(REPO))
+
+
+def test_two_publications_at_the_same_time_are_not_mixed_up(hub, model):
+    model.push_to_hub(REPO)
+    other, done = create("resnet20_cifar", seed=1), []
+
+    def fail(method, path):
+        """Just before the first commit arrives, another one is made."""
+        if "/commit/" in path and not done:
+            done.append(path)
+            other.push_to_hub(REPO)
+        return None
+
+    hub.fail = fail
+    with pytest.raises(PublishError, match=r"in the meantime \(412\)"):
+        model.push_to_hub(REPO, max_shard_size="20KB")
+    assert torch.equal(logits(SDQForImageClassification.from_pretrained(REPO)), logits(other))
+
+
 # What goes wrong ------------------------------------------------------------------------------------------------------
 
 

@@ -140,6 +140,11 @@ def test_the_example_script_distils_resumes_and_reports(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert "test_accuracy" in done.stdout
     assert "test_top_5_accuracy" in done.stdout
+    resumed = subprocess.run(
+        [*command, "--max_steps", "6", "--resume_from_checkpoint", "true"], capture_output=True, text=True, check=False
+    )
+    assert resumed.returncode == 0, resumed.stderr[-2000:]
+    assert (tmp_path / "out" / "checkpoint-6").exists()
     loaded = SDQForImageClassification.from_pretrained(tmp_path / "out")
     assert loaded.strategy == model.strategy
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("model", "out"))
