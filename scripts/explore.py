@@ -91,7 +91,7 @@ def describe(model: SDQForImageClassification, folder: Path) -> tuple[list[tuple
     """Headline figures (title, value, explanation), and the table of the layers."""
     config, strategy = model.config, model.strategy
     _, height, width = config.input_size
-    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    size = sum(path.stat().st_size for path in folder.glob("model*.safetensors"))
     floats = model.float_bytes()
     headline = [
         ("Average bits", f"{strategy.average_bits():.2f}", f"{strategy.average_bits(True):.2f} with pinned layers"),

@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     transformers.utils.logging.disable_progress_bar()
     try:
         return options.run(options)
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, ArithmeticError, KeyError) as error:
         print(f"sdq-hf: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 
@@ -80,6 +80,8 @@ def _parser() -> argparse.ArgumentParser:
 def _info(options: argparse.Namespace) -> int:
     config, files = _config(options.model), _tensors(options.model)
     strategy = Strategy.from_json(config.strategy or [])
+    if not strategy:
+        raise ValueError(f"{options.model}: config.json has no strategy.")
     print(f"{options.model}: {config.architecture}, {config.num_labels} classes, images {list(config.input_size)}")
     print(strategy.table())
     whole = sum(size for size, _ in files.values())
@@ -167,7 +169,7 @@ def _tensors(model: str) -> dict[str, tuple[int, Mapping[str, int]]]:
     name, revision = _split(model)
     if os.path.isdir(name):
         found: dict[str, tuple[int, Mapping[str, int]]] = {}
-        for path in sorted(Path(name).glob("*.safetensors")):
+        for path in sorted(Path(name).glob("model*.safetensors")):
             try:
                 with safe_open(path, framework="pt") as file:
                     counts = {key: math.prod(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118

@@ -179,6 +179,11 @@ class SDQForImageClassification(PackedFilesMixin):
         for name, layer in strategy.items():
             if (layer.weight_bits == FLOAT_BITS) != (current[name].weight_bits == FLOAT_BITS):
                 raise ValueError(f"Layer {name!r}: whether a layer is float is decided at creation, by `pins`.")
+            if layer.num_weights != current[name].num_weights:
+                raise ValueError(
+                    f"Layer {name!r} has {current[name].num_weights} weights, {layer.num_weights} in the strategy: that is "
+                    "one of another network."
+                )
         apply_strategy(self.timm_model, strategy)
         self.config.strategy = strategy.to_json()
 

@@ -133,7 +133,7 @@ class PackedFilesMixin(PreTrainedModel):
 
     def size_report(self, folder: str | os.PathLike) -> str:
         """One line: how large the packed weights in `folder` are, beside float32."""
-        size = sum(os.path.getsize(os.path.join(folder, f)) for f in os.listdir(folder) if f.endswith(".safetensors"))
+        size = sum(path.stat().st_size for path in Path(folder).glob("model*.safetensors"))
         float_bytes = self.float_bytes()
         return (
             f"Saved {folder}: {size / 1e3:,.1f} kB packed ({self.strategy.average_bits():.2f} average bits), "

@@ -36,7 +36,7 @@ class LayerBits:
                 raise ValueError(f"{field} must be 1 to 8, or {FLOAT_BITS} for float, got {short(bits)}.")
         for field in ("num_weights", "macs"):
             value = getattr(self, field)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= 10**15:
                 raise ValueError(f"{field} must be a whole number >= 0, got {short(value)}.")
         if not isinstance(self.pinned, bool):
             raise ValueError(f"pinned must be true or false, got {short(self.pinned)}.")
@@ -154,8 +154,10 @@ class Strategy(Mapping[str, LayerBits]):
             if not isinstance(entry, Mapping) or not fields - {"pinned"} <= set(entry) <= fields:
                 raise ValueError(f"A strategy's entry must have the fields {sorted(fields)}, got {short(entry)}.")
             name, values = entry["layer"], {k: v for k, v in entry.items() if k != "layer"}
-            if not isinstance(name, str) or name in layers:
-                raise ValueError(f"A strategy names each layer once, got {short(name)}{' again' * (name in layers)}.")
+            if not isinstance(name, str) or not name.isprintable():
+                raise ValueError(f"A strategy's layers have printable names, got {short(name)}.")
+            if name in layers:
+                raise ValueError(f"A strategy names each layer once, got {short(name)} again.")
             try:
                 layers[name] = LayerBits(**values)
             except ValueError as error:

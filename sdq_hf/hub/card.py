@@ -66,7 +66,7 @@ def create_card(
     """
     folder, config, strategy = Path(folder), model.config, model.strategy
     repo_id = placeholder(model)
-    file_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    file_bytes = sum(path.stat().st_size for path in folder.glob("model*.safetensors"))
     pictures = [
         {"path": f"plots/{name}.png", "text": text}
         for name, text in PICTURES.items()

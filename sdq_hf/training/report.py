@@ -94,7 +94,7 @@ def _float_row(run: Run, test: Any) -> dict[str, Any]:
 
 
 def _weights_bytes(folder: Path) -> int:
-    return sum(os.path.getsize(path) for path in folder.glob("*.safetensors"))
+    return sum(os.path.getsize(path) for path in folder.glob("model*.safetensors"))
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
