@@ -104,13 +104,16 @@ def _check_digest(files: Sequence[str]) -> None:
         )
 
 
-def check_values(name: str, scale: Tensor, inputs: ActivationQuantizer | None) -> None:
-    """Quantizer state of layer `name`: scale and step above 0 and finite, sign 0 or 1; else `CheckpointError`."""
-    values = {"weight scale": scale} if inputs is None else {"weight scale": scale, "activation step": inputs.step}
-    for field, value in values.items():
-        if not (value.item() > 0 and value.isfinite()):
-            raise CheckpointError(f"Layer {name!r}: its {field} must be above 0 and finite, got {value.item()}.")
-    if inputs is not None and inputs.signed.item() not in (0, 1):
+def check_scale(name: str, scale: Tensor, field: str = "weight scale") -> None:
+    """A scale (0-d) of layer `name` that is above 0 and finite; else `CheckpointError`."""
+    if not (scale.item() > 0 and scale.isfinite()):
+        raise CheckpointError(f"Layer {name!r}: its {field} must be above 0 and finite, got {scale.item()}.")
+
+
+def check_inputs(name: str, inputs: ActivationQuantizer) -> None:
+    """An input quantizer of layer `name` with a step above 0 and a sign of 0 or 1; else `CheckpointError`."""
+    check_scale(name, inputs.step, "activation step")
+    if inputs.signed.item() not in (0, 1):
         raise CheckpointError(f"Layer {name!r}: the sign of its inputs must be 0 or 1, got {inputs.signed.item()}.")
 
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .checkpoint import DIGEST, check_files, check_values, digest
-from .layers import PACKED, input_quantizers, quantized_layers
+from .checkpoint import DIGEST, check_files, check_scale, digest
+from .layers import PACKED, quantized_layers
 from .packing import pack, packed_size, unpack, unpack_parts
 
 # Where a layer's weight shape and type are kept while the weight itself is away.
@@ -71,10 +71,9 @@ class SDQHfQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> nn.Module:
-        steps = input_quantizers(model)
         for name, layer in quantized_layers(model).items():
             quantizer = layer.weight_quantizer
-            check_values(name, quantizer.scale, steps.get(name))
+            check_scale(name, quantizer.scale)
             if name in model.new_layers:
                 shape, dtype, has_bias = layer.__dict__.pop(_AWAY)
                 layer.weight = nn.Parameter(torch.empty(shape, dtype=dtype, device=quantizer.scale.device))

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .backbones import create_backbone
-from .checkpoint import CheckpointError, check_index
+from .checkpoint import CheckpointError, check_index, check_inputs
 from .layers import input_quantizers, is_quantizer_state, quantized_layers
 from .strategy import FLOAT_BITS
 
@@ -65,6 +65,8 @@ class PackedFilesMixin(PreTrainedModel):
             raise CheckpointError(
                 f"{pretrained_model_name_or_path}: the file lacks {missing[0]!r}, which config.json asks for."
             )
+        for name, quantizer in input_quantizers(model.timm_model).items():
+            check_inputs(name, quantizer)
         _restore_buffers(model)
         return (model, info) if wants_info else model
 

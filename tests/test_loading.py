@@ -136,6 +136,14 @@ def test_dequantize_gives_a_float_model_with_the_same_logits(tmp_path, activatio
     assert (tmp_path / "float" / "model.safetensors").stat().st_size > weights
     assert "quantization_config" not in json.loads((tmp_path / "float" / "config.json").read_text())
     again = AutoModelForImageClassification.from_pretrained(tmp_path / "float")
+    if activation_bits == 4:
+        for value in (0.0, float("nan")):
+            broken = shutil.copytree(tmp_path / "float", tmp_path / f"broken {value}")
+            state = load_file(broken / "model.safetensors")
+            state["timm_model.layer1.0.conv1.input_quantizer.step"].fill_(value)
+            save_file(state, broken / "model.safetensors", metadata={"format": "pt"})
+            with pytest.raises(CheckpointError, match=r"layer1\.0\.conv1'.*step"):
+                SDQForImageClassification.from_pretrained(broken)
     assert torch.equal(logits(again), expected)
     again.train()
     assert torch.equal(logits(again.eval()), expected)

@@ -92,6 +92,7 @@ def create_card(
         file_bytes=file_bytes,
         bitops=bitops_text(strategy.bitops()),
         strategy=strategy,
+        packed=bool(model.quantized_layers()),
         pictures=pictures,
         remote_code=(folder / REMOTE_CODE).exists(),
         kilobytes=lambda size: f"{size / 1e3:,.1f} kB",
