@@ -237,6 +237,17 @@ def test_a_loaded_model_stays_quantized_whatever_happens_to_its_weights(tmp_path
         assert len(layer.quantized_weight().unique()) <= 2
 
 
+def test_training_only_the_scales_of_a_loaded_model_changes_what_it_computes(saved, tmp_path):
+    loaded = SDQForImageClassification.from_pretrained(saved)
+    before = logits(loaded)
+    with torch.no_grad():
+        for layer in loaded.quantized_layers().values():
+            layer.weight_quantizer.scale.mul_(0.7)
+    assert not torch.equal(logits(loaded), before)
+    loaded.save_pretrained(tmp_path, print_size=False)
+    assert torch.equal(logits(SDQForImageClassification.from_pretrained(tmp_path)), logits(loaded))
+
+
 @pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "vit_small_patch16_dinov3", "vit_tiny_patch16_224"])
 def test_buffers_that_no_file_holds_are_filled(tmp_path, name):
     model = create(name, size=None)

@@ -144,8 +144,8 @@ class WeightQuantizer(KeepsPositive, nn.Module):
         super().__init__()
         self.form, self.grid, self.bits = form, grid, bits
         self.scale = nn.Parameter(torch.ones((), dtype=torch.float32))
-        # Place and version of weights that are known to be quantized: see `mark_quantized`.
-        self._quantized: tuple[int, int] | None = None
+        # Place and version of weights and scale that are known to belong together: see `mark_quantized`.
+        self._quantized: tuple[int, int, int] | None = None
 
     def extra_repr(self) -> str:
         return f"{self.form}, {self.grid}, bits={self.bits}"
@@ -188,11 +188,14 @@ class WeightQuantizer(KeepsPositive, nn.Module):
     def mark_quantized(self, w: Tensor) -> None:
         """Say that `w`, from now on this layer's weights, went through LSQ: quantizing it again would change nothing."""
         if self.form == "lsq":
-            self._quantized = (w.data_ptr(), w._version)
+            self._quantized = self._state(w)
 
     def is_quantized(self, w: Tensor) -> bool:
-        """Whether `w` is what was marked, untouched since."""
-        return self._quantized == (w.data_ptr(), w._version)
+        """Whether `w` is what was marked, and neither it nor the scale was touched since."""
+        return self._quantized is not None and self._quantized == self._state(w)
+
+    def _state(self, w: Tensor) -> tuple[int, int, int]:
+        return w.data_ptr(), w._version, self.scale._version
 
     @torch.no_grad()
     def latent(self, codes: Tensor) -> Tensor:
