@@ -33,7 +33,7 @@ from sdq_hf import SDQForImageClassification
 from sdq_hf.search import SearchState, search
 from sdq_hf.training.losses import distillation
 from sdq_hf.training.optim import OptimizerArguments, create_optimizer
-from sdq_hf.training.stages import write_json
+from sdq_hf.writing import write_json
 
 NETWORKS = ("resnet20_cifar:32:128", "resnet18:128:16", "mobilenetv2_100:128:16")
 KINDS = ("float", "finetune", "search", "teacher", "brevitas")

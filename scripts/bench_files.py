@@ -28,7 +28,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from sdq_hf import SDQForImageClassification
-from sdq_hf.training.stages import write_json
+from sdq_hf.writing import write_json
 
 NETWORKS = (
     "resnet20_cifar:32",

@@ -38,6 +38,7 @@ from transformers import AutoImageProcessor
 from sdq_hf import SDQForImageClassification
 from sdq_hf.costs import bitops_text
 from sdq_hf.hub.plots import figure_bits, figure_weights
+from sdq_hf.packed_files import weight_file_bytes
 from sdq_hf.strategy import FLOAT_BITS
 
 HERE = Path(__file__).parent
@@ -91,7 +92,7 @@ def describe(model: SDQForImageClassification, folder: Path) -> tuple[list[tuple
     """Headline figures (title, value, explanation), and the table of the layers."""
     config, strategy = model.config, model.strategy
     _, height, width = config.input_size
-    size = sum(path.stat().st_size for path in folder.glob("model*.safetensors"))
+    size = weight_file_bytes(folder)
     floats = model.float_bytes()
     headline = [
         ("Average bits", f"{strategy.average_bits():.2f}", f"{strategy.average_bits(True):.2f} with pinned layers"),

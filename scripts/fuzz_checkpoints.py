@@ -27,7 +27,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from sdq_hf import SDQForImageClassification
-from sdq_hf.training.stages import write_json
+from sdq_hf.writing import write_json
 
 # Errors that a user can read: ours, and transformers' own about files that are missing or no JSON.
 READABLE = (ValueError, OSError)

@@ -33,7 +33,7 @@ from sdq_hf.training.evaluation import evaluate
 from sdq_hf.training.loaders import build_loaders
 from sdq_hf.training.losses import distillation
 from sdq_hf.training.optim import OptimizerArguments, create_optimizer, create_scheduler
-from sdq_hf.training.stages import write_json
+from sdq_hf.writing import write_json
 
 
 def main() -> None:

@@ -14,8 +14,8 @@ from .checkpoint import DIGEST, check_files, check_scale, digest
 from .layers import PACKED, quantized_layers
 from .packing import pack, packed_size, unpack, unpack_parts
 
-# Where a layer's weight shape and type are kept while the weight itself is away.
-_AWAY = "_sdq_weight_shape_and_dtype"
+# Where a layer's weight shape and type, and whether it has a bias, are kept while the weight itself is away.
+_AWAY = "_sdq_away"
 
 
 @register_quantization_config("sdq")
@@ -56,10 +56,9 @@ class SDQHfQuantizer(HfQuantizer):
     ) -> nn.Module:
         new = set(model.new_layers)
         for name, layer in quantized_layers(model).items():
-            layer.__dict__[_AWAY] = layer.weight.shape, layer.weight.dtype
+            layer.__dict__[_AWAY] = layer.weight.shape, layer.weight.dtype, layer.bias is not None
             if name in new:
                 # Nothing of the file is for it, and its bias would be taken in the file's size.
-                layer.__dict__[_AWAY] += (layer.bias is not None,)
                 layer.bias = None
             else:
                 size = packed_size(layer.weight.numel(), layer.weight_quantizer.bits)
@@ -73,15 +72,15 @@ class SDQHfQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> nn.Module:
         for name, layer in quantized_layers(model).items():
             quantizer = layer.weight_quantizer
+            shape, dtype, has_bias = layer.__dict__.pop(_AWAY)
             check_scale(name, quantizer.scale)
             if name in model.new_layers:
-                shape, dtype, has_bias = layer.__dict__.pop(_AWAY)
                 layer.weight = nn.Parameter(torch.empty(shape, dtype=dtype, device=quantizer.scale.device))
                 layer.bias = nn.Parameter(layer.weight.new_empty(shape[0])) if has_bias else None
                 layer.reset_parameters()  # type: ignore[operator]
                 quantizer.set_bits(quantizer.bits, layer.weight)
                 continue
-            packed, (shape, dtype) = layer._buffers.pop(PACKED), layer.__dict__.pop(_AWAY)
+            packed = layer._buffers.pop(PACKED)
             assert packed is not None
             if quantizer.form == "lsq":
                 weight = torch.empty(shape, dtype=dtype, device=packed.device)

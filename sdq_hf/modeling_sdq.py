@@ -18,7 +18,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from .backbones import create_backbone, hub_id, pretrained_labels
 from .checkpoint import DIGEST
 from .configuration_sdq import SDQConfig
-from .configured_strategy import fitting_strategy, initial_strategy
+from .configured import configured_backbone, fitting_strategy, initial_strategy
 from .hf_quantizer import SDQHfQuantizer, SDQQuantizationConfig
 from .layers import (
     QuantizedLayer,
@@ -53,9 +53,7 @@ class SDQForImageClassification(PackedFilesMixin):
 
     def __init__(self, config: SDQConfig):
         super().__init__(config)
-        self.timm_model = create_backbone(
-            config.architecture, pretrained=False, num_classes=config.num_labels, **config.model_args
-        )
+        self.timm_model = configured_backbone(config)
         # Layers that a loaded file cannot fill, since the number of classes was changed: names as in `named_modules()`.
         self.new_layers: list[str] = []
         if config.strategy is None:
@@ -205,10 +203,7 @@ class SDQForImageClassification(PackedFilesMixin):
 
     def float_twin(self) -> nn.Module:
         """The float timm model with this model's real weights: an independent copy, in eval mode."""
-        config = self.config
-        twin = create_backbone(
-            config.architecture, pretrained=False, num_classes=config.num_labels, **config.model_args
-        )
+        twin = configured_backbone(self.config)
         own, wanted = self.timm_model.state_dict(), twin.state_dict()
         twin.load_state_dict({key: own[key] for key in wanted})
         return twin.to(self.device).eval()

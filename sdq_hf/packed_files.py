@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from .backbones import create_backbone
 from .checkpoint import CheckpointError, check_index, check_inputs
+from .configured import configured_backbone
 from .layers import input_quantizers, is_quantizer_state, quantized_layers
 from .strategy import FLOAT_BITS
 
@@ -135,7 +135,7 @@ class PackedFilesMixin(PreTrainedModel):
 
     def size_report(self, folder: str | os.PathLike) -> str:
         """One line: how large the packed weights in `folder` are, beside float32."""
-        size = sum(path.stat().st_size for path in Path(folder).glob("model*.safetensors"))
+        size = weight_file_bytes(folder)
         float_bytes = self.float_bytes()
         return (
             f"Saved {folder}: {size / 1e3:,.1f} kB packed ({self.strategy.average_bits():.2f} average bits), "
@@ -159,16 +159,18 @@ class PackedFilesMixin(PreTrainedModel):
         return rest + sum(x.num_weights * x.weight_bits for x in quantized) // 8
 
 
+def weight_file_bytes(folder: str | os.PathLike) -> int:
+    """Bytes of the weight files of the model saved in `folder`, shards included."""
+    return sum(path.stat().st_size for path in Path(folder).glob("model*.safetensors"))
+
+
 @torch.no_grad()
 def _restore_buffers(model: Any) -> None:
     """Fill the buffers that no file holds (tables of positions and the like): made on the meta device, they hold nothing."""
-    config, network = model.config, model.timm_model
+    network = model.timm_model
     kept = network.state_dict().keys()
     empty = {name: buffer for name, buffer in network.named_buffers() if name not in kept}
     if empty:
-        fresh = create_backbone(
-            config.architecture, pretrained=False, num_classes=config.num_labels, **config.model_args
-        )
-        made = dict(fresh.named_buffers())
+        made = dict(configured_backbone(model.config).named_buffers())
         for name, buffer in empty.items():
             buffer.copy_(made[name])

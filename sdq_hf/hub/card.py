@@ -11,7 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..costs import bitops_text
 from ..modeling_sdq import SDQForImageClassification
-from ..packed_files import REMOTE_CODE
+from ..packed_files import REMOTE_CODE, weight_file_bytes
 from ..strategy import FLOAT_BITS
 
 # The picture's file in the folder `plots/`, and what it shows.
@@ -66,7 +66,6 @@ def create_card(
     """
     folder, config, strategy = Path(folder), model.config, model.strategy
     repo_id = placeholder(model)
-    file_bytes = sum(path.stat().st_size for path in folder.glob("model*.safetensors"))
     pictures = [
         {"path": f"plots/{name}.png", "text": text}
         for name, text in PICTURES.items()
@@ -89,7 +88,7 @@ def create_card(
         activation_bits=_activation_bits(model),
         float_bytes=model.float_bytes(),
         ideal_bytes=model.ideal_bytes(),
-        file_bytes=file_bytes,
+        file_bytes=weight_file_bytes(folder),
         bitops=bitops_text(strategy.bitops()),
         strategy=strategy,
         packed=bool(model.quantized_layers()),

@@ -1,6 +1,5 @@
 """Pictures of strategies, searches and results, made with matplotlib, readable on a phone."""
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from ..modeling_sdq import SDQForImageClassification
 from ..quantizers.grids import extremes, half_range, spacing
 from ..quantizers.weight import normalise
 from ..strategy import Strategy
+from ..writing import write_beside
 
 # Okabe and Ito's colours, told apart by colour-blind readers.
 COLOURS = {"sdq": "#D55E00", "greedy": "#0072B2", "uniform": "#009E73", "float": "#555555"}
@@ -24,12 +24,7 @@ _WEIGHTS = "#56B4E9"
 
 
 def _save(figure: Figure, path: str | Path) -> None:
-    """Write beside, then rename."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".new")
-    figure.savefig(beside, format="png", dpi=150)
-    os.replace(beside, path)
+    write_beside(path, lambda beside: figure.savefig(beside, format="png", dpi=150))
 
 
 def figure_bits(strategies: Mapping[str, Strategy]) -> Figure:

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator, skip_first_batches
 from accelerate.data_loader import DataLoaderShard
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from ..writing import save_tensors
 from .evaluation import evaluate
 from .interrupt import Interrupt
 from .optim import OptimizerArguments, create_optimizer, create_scheduler
@@ -116,7 +117,9 @@ def fit(
         score = -metrics["loss"] if eval_metric == "loss" else metrics[eval_metric]
         if state.best is None or score > state.best:
             state.best, state.best_epoch = score, epoch
-            _write_best(accelerator, ema.module if ema is not None else model, best)
+            if accelerator.is_main_process:
+                save_tensors((ema.module if ema is not None else model).state_dict(), best)
+            accelerator.wait_for_everyone()
         row = {"epoch": epoch, "train_loss": progress.mean_loss, **{f"validation_{k}": v for k, v in metrics.items()}}
         state.history.append(row)
         accelerator.log({f"{name}/{key}": value for key, value in row.items()}, step=state.update)
@@ -133,15 +136,6 @@ def fit(
     if best.exists():
         model.load_state_dict(load_file(best))
     return state
-
-
-def _write_best(accelerator: Accelerator, model: nn.Module, path: Path) -> None:
-    if accelerator.is_main_process:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_suffix(".tmp")
-        save_file({key: value.contiguous() for key, value in model.state_dict().items()}, beside)
-        os.replace(beside, path)
-    accelerator.wait_for_everyone()
 
 
 class _Checkpoint:

@@ -1,7 +1,6 @@
 """The end of a run: test metrics, the table, results.json and the plots."""
 
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -12,9 +11,11 @@ import torch
 
 from ..hub.card import PICTURES
 from ..modeling_sdq import SDQForImageClassification
+from ..packed_files import weight_file_bytes
 from ..strategy import FLOAT_BITS, Strategy
+from ..writing import write_json, write_text
 from .evaluation import evaluate
-from .stages import Run, write_json, write_text
+from .stages import Run
 
 _PACKAGES = ("torch", "torchvision", "timm", "transformers", "accelerate", "datasets")
 
@@ -43,7 +44,7 @@ def report(run: Run, entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any
                 "average_bits": strategy.average_bits(),
                 "average_bits_with_pinned": strategy.average_bits(include_pinned=True),
                 "compression": strategy.compression(),
-                "file_bytes": _weights_bytes(folder),
+                "file_bytes": weight_file_bytes(folder),
                 "ideal_bytes": model.ideal_bytes(),
                 "bitops": strategy.bitops(),
                 "search_seconds": entry["seconds"],
@@ -93,13 +94,9 @@ def _float_row(run: Run, test: Any) -> dict[str, Any]:
     }
 
 
-def _weights_bytes(folder: Path) -> int:
-    return sum(os.path.getsize(path) for path in folder.glob("model*.safetensors"))
-
-
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows as aligned text. Top-1 in percent, KL to the float network in nats per image, file size in kB."""
-    head = ["", "top-1", "KL", "avg bits", "smaller", "file kB", "GBitOPs", "search s", "train s"]
+    head = ["", "top-1", "KL", "avg bits", "weights smaller", "file kB", "GBitOPs", "search s", "train s"]
     lines = [
         [
             row["name"],

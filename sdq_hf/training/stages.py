@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import broadcast, set_seed
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..backbones import create_backbone, hub_id
@@ -31,6 +31,7 @@ from ..modeling_sdq import SDQForImageClassification
 from ..search import SearchLog, SearchState, search
 from ..search.descent import Descent
 from ..strategy import Strategy
+from ..writing import save_tensors, write_json
 from .arguments import ArgumentError, Arguments, bits_by_pattern
 from .data import ImageData, load_image_data
 from .evaluation import evaluate, logits_of
@@ -262,9 +263,8 @@ class Run:
             )
         metrics = evaluate(self.network, loaders["validation"], self.accelerator)
         if self.accelerator.is_main_process:
-            path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path.parent / "teacher.json", {"seconds": time.perf_counter() - started, "validation": metrics})
-            save_tensors({k: v.contiguous() for k, v in self.network.state_dict().items()}, path)
+            save_tensors(self.network.state_dict(), path)
             _remove(path.parent / "checkpoint")
             _remove(path.parent / "best.safetensors")
         self.accelerator.wait_for_everyone()
@@ -498,7 +498,6 @@ class _SearchCheckpoint:
         old, tensors = self._tensor_files(), state.pop("tensors", None)
         if tensors is not None:
             state["tensor_file"] = f"{self.name}.checkpoint-{state['batch']}.safetensors"
-            self.folder.mkdir(parents=True, exist_ok=True)
             save_tensors(tensors, self.folder / state["tensor_file"])
         write_json(self.path, state)
         for path in old:
@@ -584,26 +583,6 @@ def _check_reloaded(model: SDQForImageClassification, folder: Path, images: Tens
         raise RuntimeError(f"{folder}: the loaded model's logits differ from those of the model that was saved.")
 
 
-def write_json(path: Path, data: Any) -> None:
-    write_text(path, json.dumps(data, indent=1) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _beside(path, lambda beside: beside.write_text(text, encoding="utf-8"))
-
-
-def save_tensors(state: dict[str, Tensor], path: Path) -> None:
-    _beside(path, lambda beside: save_file(state, beside))
-
-
-def _beside(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write beside, then rename: `path` is whole or not there."""
-    beside = path.with_name(path.name + ".new")
-    write(beside)
-    os.replace(beside, path)
-
-
 def _remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path)
@@ -611,4 +590,4 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-__all__ = ["STAGES", "Interrupted", "Run", "write_json", "write_text"]
+__all__ = ["STAGES", "Interrupted", "Run"]

@@ -9,7 +9,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..modeling_sdq import SDQForImageClassification
-from .stages import save_tensors
+from ..writing import save_tensors
 
 REAL_WEIGHTS = "real_weights.safetensors"
 
@@ -36,7 +36,7 @@ class QATCallback(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             layers = kwargs["model"].quantized_layers()
-            weights = {name: layer.weight.detach().contiguous() for name, layer in layers.items()}
+            weights = {name: layer.weight for name, layer in layers.items()}
             save_tensors(weights, _checkpoint(args, state) / REAL_WEIGHTS)
 
 

@@ -1,4 +1,4 @@
-"""The strategy that a configuration gives a network: the one it holds, or the top of the ladder."""
+"""What a configuration says: its timm network, and that network's strategy, the one it holds or the top of the ladder."""
 
 import fnmatch
 from dataclasses import replace
@@ -6,9 +6,15 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from .backbones import create_backbone
 from .configuration_sdq import SDQConfig
 from .layers import count_macs, quantizable_layers
 from .strategy import FLOAT_BITS, LayerBits, Strategy, unknown_layer
+
+
+def configured_backbone(config: SDQConfig) -> nn.Module:
+    """The timm network of `config`, with the weights that timm initialises it with."""
+    return create_backbone(config.architecture, pretrained=False, num_classes=config.num_labels, **config.model_args)
 
 
 def initial_strategy(config: SDQConfig, network: nn.Module) -> Strategy:
