@@ -104,6 +104,11 @@ def test_strategies_are_set_in_three_ways_and_errors_name_the_layer():
         model.set_strategy({"layer1.0.conv": 5})
     with pytest.raises(ValueError, match="1 to 8"):
         model.set_strategy(9)
+    other = SDQForImageClassification.from_timm("resnet8_cifar", num_labels=100).strategy
+    with pytest.raises(ValueError, match=r"'fc' has 640 weights, 6400 in the strategy"):
+        model.set_strategy(other)
+    with pytest.raises(ValueError, match=r"pins: no layer .*'typo\*'"):
+        create(pins={"fc": 8, "typo*": 32})
 
 
 def test_costs_are_sums_over_layers():

@@ -1,16 +1,20 @@
 """Quantization-aware training with transformers' `Trainer`: what it needs beside the model."""
 
+import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..modeling_sdq import SDQForImageClassification
 from ..writing import save_tensors
 
+logger = logging.getLogger(__name__)
 REAL_WEIGHTS = "real_weights.safetensors"
 
 
@@ -27,17 +31,36 @@ class QATCallback(TrainerCallback):
     ) -> None:
         model: SDQForImageClassification = kwargs["model"]
         path = _checkpoint(args, state) / REAL_WEIGHTS
-        if state.global_step and path.exists():
-            layers = model.quantized_layers()
-            with torch.no_grad():
-                for name, weight in load_file(path).items():
-                    layers[name].weight.copy_(weight)
+        if not state.global_step:
+            return
+        weights = load_file(path) if path.exists() else {}
+        if not _fit(weights, model):
+            logger.warning(
+                f"{path} is missing or of another training: this one goes on from the checkpoint's quantized weights, the "
+                "same function, but not on the path of the training that was stopped."
+            )
+            return
+        layers = model.quantized_layers()
+        with torch.no_grad():
+            for name, weight in weights.items():
+                layers[name].weight.copy_(weight)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             layers = kwargs["model"].quantized_layers()
             weights = {name: layer.weight for name, layer in layers.items()}
             save_tensors(weights, _checkpoint(args, state) / REAL_WEIGHTS)
+
+
+def _fit(weights: Mapping[str, Tensor], model: SDQForImageClassification) -> bool:
+    """Whether `weights` are those of all layers of `model`, and quantized to what it computes with."""
+    layers = model.quantized_layers()
+    return weights.keys() == layers.keys() and all(
+        torch.equal(
+            layer.weight_quantizer.codes(weights[name].to(layer.weight)), layer.weight_quantizer.codes(layer.weight)
+        )
+        for name, layer in layers.items()
+    )
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:

@@ -80,6 +80,22 @@ def test_a_resumed_training_equals_the_uninterrupted_one(tmp_path, form):
         assert torch.equal(value, resumed.state_dict()[key]), key
 
 
+def test_real_weights_of_another_training_are_not_taken(tmp_path, caplog):
+    """`output_dir` holds another run's checkpoint of the same step: the function that is resumed is the checkpoint's."""
+    for folder, seed in (("a", 0), ("b", 1)):
+        model = trained(create("resnet8_cifar", seed=seed))
+        Trainer(model, arguments(tmp_path / folder), train_dataset=examples(), callbacks=[QATCallback()]).train()
+    checkpoint = tmp_path / "a" / "checkpoint-6"
+    for folder in ("b", "c"):
+        resumed = trained(create("resnet8_cifar", seed=3))
+        Trainer(resumed, arguments(tmp_path / folder), train_dataset=examples(), callbacks=[QATCallback()]).train(
+            resume_from_checkpoint=str(checkpoint)
+        )
+        assert torch.equal(logits(resumed.eval()), logits(SDQForImageClassification.from_pretrained(checkpoint)))
+        assert "missing or of another training" in caplog.text
+        caplog.clear()
+
+
 def test_a_checkpoint_of_trainer_is_a_model_with_the_function_of_that_step(tmp_path):
     model = trained(create("resnet8_cifar"))
     trainer = Trainer(model, arguments(tmp_path), train_dataset=examples(), eval_dataset=examples())
