@@ -124,9 +124,10 @@ def attach(module: nn.Module, name: str, bits: LayerBits, form: str, grid: str) 
     """
     subclass = _SUBCLASSES.get(type(module))
     if subclass is None:
-        known = ", ".join(c.__name__ for c in _SUBCLASSES)
+        known = ", ".join(f"{c.__module__.split('.')[0]}'s {c.__name__}" for c in _SUBCLASSES)
+        own = f"{type(module).__module__}.{type(module).__name__}"
         raise ValueError(
-            f"Layer {name!r} is a {type(module).__name__}, whose forward SDQ does not know; it quantizes {known}. "
+            f"Layer {name!r} is a {own}, whose forward SDQ does not know; it quantizes {known}. "
             f"Keep the layer float with pins={{{name!r}: {FLOAT_BITS}}}."
         )
     module.__class__ = cast(Any, subclass)
