@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,21 @@ PICTURES = {
 }
 _ORIGINS = {
     "sdq": "learned by SDQ",
-    "greedy": "chosen by the quantization error per saved cost (a control, not learned)",
-    "uniform": "the same for all searched layers (a control, not learned)",
+    "uniform": "the same for all searched layers (not learned)",
+    "random": "drawn at random",
+    "size": "set by the size of each layer alone (not learned)",
+    "greedy": "chosen by the quantization error per saved cost (not learned)",
+    "table": "chosen by a table of the KL divergence that each layer costs at each bitwidth",
+    "hawq": "chosen by the Hessian's trace (HAWQ)",
+    "clado": "chosen by pairwise loss changes of layers (CLADO)",
+    "fracbits": "learned as fractional bitwidths (FracBits)",
+    "edmips": "learned as a softmax over bitwidths (EdMIPS)",
 }
+
+
+def main_method(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The method that a run is about: that of its first quantized row; the others are there to compare with."""
+    return next(row["method"] for row in rows if row["method"] != "float")
 
 
 @dataclass

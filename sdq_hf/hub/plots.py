@@ -15,10 +15,35 @@ from ..quantizers.weight import normalise
 from ..strategy import Strategy
 from ..writing import write_beside
 
-# Okabe and Ito's colours, told apart by colour-blind readers.
-COLOURS = {"sdq": "#D55E00", "greedy": "#0072B2", "uniform": "#009E73", "float": "#555555"}
+# Mostly Okabe and Ito's colours, told apart by colour-blind readers; markers tell the rest.
+COLOURS = {
+    "sdq": "#D55E00",
+    "greedy": "#0072B2",
+    "uniform": "#009E73",
+    "float": "#555555",
+    "paper": "#F0A000",
+    "random": "#999999",
+    "size": "#CC79A7",
+    "table": "#56B4E9",
+    "hawq": "#8C6D31",
+    "clado": "#5E3C99",
+    "fracbits": "#000000",
+    "edmips": "#B2182B",
+}
 # A filled marker for a budget in bits, a hollow one for a budget in BitOPs.
-MARKERS = {"sdq": "o", "greedy": "s", "uniform": "^"}
+MARKERS = {
+    "sdq": "o",
+    "greedy": "s",
+    "uniform": "^",
+    "paper": "p",
+    "random": "x",
+    "size": "v",
+    "table": "D",
+    "hawq": "P",
+    "clado": "X",
+    "fracbits": "<",
+    "edmips": ">",
+}
 _PINNED = "#BBBBBB"
 _WEIGHTS = "#56B4E9"
 

@@ -14,7 +14,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..modeling_sdq import SDQForImageClassification
 from ..packed_files import REMOTE_CODE
-from .card import PICTURES, RunFacts, create_card, with_repo_id
+from .card import PICTURES, RunFacts, create_card, main_method, with_repo_id
 
 # The HTTP library's own error: which library that is differs between versions of huggingface_hub.
 _HTTPError: type[Exception] = HfHubHTTPError.__bases__[0]
@@ -123,16 +123,15 @@ def publish_model(
 
 
 def publish_run(folder: str | Path, repo_id: str, license: str | None = None, **options: Any) -> dict[str, str]:
-    """Publish a finished run of `scripts/run_sdq.py`: each SDQ budget on a branch, such as `w2.5`, the first on `main` too.
+    """Publish a finished run of `scripts/run_sdq.py`: each budget of its search on a branch (`w2.5`), the first on `main` too.
 
     Cards are written with links to all of them. Gives revision -> address of its commit. Options and errors are those of
     `publish_folder`.
     """
     folder = Path(folder)
     results = json.loads((folder / "results.json").read_text())
-    revisions = {row["name"]: revision_of(row) for row in results["rows"] if row["method"] == "sdq"}
-    if not revisions:
-        raise ValueError(f"{folder}: results.json has no row of an SDQ search to publish.")
+    main = main_method(results["rows"])
+    revisions = {row["name"]: revision_of(row) for row in results["rows"] if row["method"] == main}
     found: dict[str, str] = {}
     cards = {}
     for name, revision in [*revisions.items(), (next(iter(revisions)), None)]:

@@ -1,6 +1,7 @@
-"""Searches for a strategy: SDQ in two updates, and a training-free control, behind one function."""
+"""Searches for a strategy, SDQ in two updates and its rivals, behind one function."""
 
 from .descent import BudgetError
-from .sdq import METHODS, SearchLog, SearchState, search
+from .methods import METHODS, SDQ_METHODS, check_options, search
+from .task import SearchLog, SearchState
 
-__all__ = ["METHODS", "BudgetError", "SearchLog", "SearchState", "search"]
+__all__ = ["METHODS", "SDQ_METHODS", "BudgetError", "SearchLog", "SearchState", "check_options", "search"]

@@ -49,7 +49,7 @@ class Descent:
         self.table = {
             name: {bits: cost.of_layer(strategy, name, bits) for bits in self.candidates} for name in self.names
         }
-        self._base = cost.total(strategy) - sum(
+        self.base = cost.total(strategy) - sum(
             cost.of_layer(strategy, name, strategy[name].weight_bits) for name in self.names
         )
         self._check_budgets()
@@ -105,11 +105,15 @@ class Descent:
     def total(self, bits: Bits | None = None) -> float:
         """Cost of `bits` (default: the present ones), pinned layers included where the cost counts them."""
         bits = self.bits if bits is None else bits
-        return self._base + sum(self.table[name][b] for name, b in bits.items())
+        return self.base + sum(self.table[name][b] for name, b in bits.items())
 
     def average_bits(self) -> float:
         """Average bits of the searchable layers at present, whatever the cost is."""
         return self._strategy.with_bits(self.bits).average_bits()
+
+    def rungs(self, name: str) -> list[int]:
+        """Candidates of a layer from its floor up to its start."""
+        return [b for b in self.candidates if self.floor[name] <= b <= self.start[name]]
 
     def next_bits(self, name: str) -> int | None:
         """The next lower candidate of a layer, None at its floor."""

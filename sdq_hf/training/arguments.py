@@ -11,8 +11,11 @@ from typing import Any, Literal, NoReturn
 import yaml
 from transformers import HfArgumentParser
 
+from ..search import METHODS, SDQ_METHODS, check_options
 from ..strategy import FLOAT_BITS
 from .optim import OptimizerArguments, check_names
+
+RIVALS = [name for name in METHODS if name not in SDQ_METHODS]
 
 
 def _option(default: Any, help: str) -> Any:
@@ -81,8 +84,11 @@ class SearchArguments:
 
     target_bits: list[float] = _option([], "Budgets in average weight bits of the searched layers, e.g. 2.0 3.6.")
     target_bitops: list[float] = _option([], "Budgets in BitOPs, given as the uniform bits that cost as much, e.g. 2.")
-    search: Literal["two_sided", "paper"] = _option("two_sided", "two_sided (ours), or the paper's update.")
-    controls: list[str] = _option(["uniform", "greedy"], "Rows to compare with: uniform, greedy, none.")
+    search: str = _option(
+        "two_sided", f"How strategies are found: SDQ as two_sided (ours) or paper, or a rival: {', '.join(RIVALS)}."
+    )
+    search_options: list[str] = _option([], "NAME=VALUE of the search method, e.g. caution=0.5; see its docstring.")
+    controls: list[str] = _option(["uniform", "greedy"], "Rivals to compare with, or none.")
     start_bits: int | None = _option(None, "Bits at which all layers start; default 6 or above every budget.")
     floors: list[str] = _option([], "PATTERN=BITS: fewest bits of the layers that match.")
     search_batch_size: int | None = _option(None, "Images per batch and process of the search; default: --batch_size.")
@@ -241,9 +247,7 @@ def _check(arguments: Arguments) -> None:
     search, run, tune, data = arguments.search, arguments.run, arguments.finetune, arguments.data
     if not search.target_bits and not search.target_bitops:
         search.target_bits = [2.0]
-    for control in search.controls:
-        if control not in ("uniform", "greedy", "none"):
-            raise ArgumentError(f"--controls takes uniform, greedy and none, got {control!r}")
+    _check_methods(search)
     teacher = arguments.teacher
     positive = {
         "epochs": tune.epochs,
@@ -299,6 +303,33 @@ def _check(arguments: Arguments) -> None:
     bits_by_pattern(search.floors, "floors")
     if run.push_to_hub and not run.hub_model_id:
         raise ArgumentError("--push_to_hub needs --hub_model_id, such as org/resnet18-sdq")
+
+
+def _check_methods(search: SearchArguments) -> None:
+    for option, names, known in (
+        ("search", [search.search], list(METHODS)),
+        ("controls", search.controls, [*RIVALS, "none"]),
+    ):
+        for name in names:
+            if name not in known:
+                near = get_close_matches(name, known, n=1)
+                hint = f" (did you mean {near[0]}?)" if near else ""
+                raise ArgumentError(f"--{option} takes {', '.join(known)}, got {name!r}{hint}")
+    try:
+        check_options(search.search, numbers_by_name(search.search_options))
+    except TypeError as error:
+        raise ArgumentError(f"--search_options: {error}") from None
+
+
+def numbers_by_name(entries: Sequence[str]) -> dict[str, Any]:
+    """`["caution=0.5"]` -> `{"caution": 0.5}`, values as YAML reads them; `ArgumentError` for anything else."""
+    result = {}
+    for entry in entries:
+        name, sign, value = entry.partition("=")
+        if not name or not sign or not value:
+            raise ArgumentError(f"--search_options takes NAME=VALUE, e.g. caution=0.5, got {entry!r}")
+        result[name] = yaml.safe_load(value)
+    return result
 
 
 def bits_by_pattern(entries: Sequence[str], option: str) -> dict[str, int]:

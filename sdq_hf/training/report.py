@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..hub.card import PICTURES
+from ..hub.card import PICTURES, main_method
 from ..modeling_sdq import SDQForImageClassification
 from ..packed_files import weight_file_bytes
 from ..strategy import FLOAT_BITS, Strategy
@@ -126,16 +126,16 @@ def plot(run: Run, entries: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[
     from ..hub import plots
 
     folder = run.folder / "plots"
-    paths = [folder / f"{name}.png" for name in PICTURES]
     logs = _descents(run, entries)
-    first = next(entry["name"] for entry in entries if entry["method"] == "sdq")
+    first = next(entry["name"] for entry in entries if entry["method"] == main_method(entries))
     shown = {entry["name"]: Strategy.from_json(entry["strategy"]) for entry in entries if entry["method"] != "uniform"}
     plots.plot_bits(shown, folder / "bits.png")
-    plots.plot_descent(logs, run.base.strategy, folder / "descent.png")
+    if logs:
+        plots.plot_descent(logs, run.base.strategy, folder / "descent.png")
     plots.plot_accuracy(rows, folder / "accuracy.png")
     # Drawn after the fine-tune, from the real weights, which the packed file has no more.
     shutil.copyfile(run.folder / "models" / first / "plots" / "weights.png", folder / "weights.png")
-    return paths
+    return [folder / f"{name}.png" for name in PICTURES if logs or name != "descent"]
 
 
 def write_cards(run: Run, entries: Sequence[Mapping[str, Any]], results: Mapping[str, Any]) -> None:
@@ -147,8 +147,8 @@ def write_cards(run: Run, entries: Sequence[Mapping[str, Any]], results: Mapping
         folder = run.folder / "models" / entry["name"]
         model = SDQForImageClassification.from_pretrained(folder)
         plots.plot_bits({entry["name"]: model.strategy}, folder / "plots" / "bits.png")
-        if entry["method"] == "sdq":
-            cost = entry["cost"]
+        cost = entry["cost"]
+        if entry["method"] == main_method(entries) and cost in logs:
             plots.plot_descent({cost: logs[cost]}, run.base.strategy, folder / "plots" / "descent.png")
         shutil.copyfile(run.folder / "plots" / "accuracy.png", folder / "plots" / "accuracy.png")
         text = card.create_card(model, folder, card.RunFacts(results, entry["name"]), run.arguments.run.hub_license)
@@ -156,9 +156,12 @@ def write_cards(run: Run, entries: Sequence[Mapping[str, Any]], results: Mapping
 
 
 def _descents(run: Run, entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Cost -> log of the SDQ search under it."""
-    costs = dict.fromkeys(entry["cost"] for entry in entries if entry["method"] == "sdq")
-    return {cost: json.loads((run.folder / "search" / f"sdq-{cost}.json").read_text()) for cost in costs}
+    """Cost -> log of the run's search under it; none for a search that takes no steps."""
+    main = main_method(entries)
+    costs = dict.fromkeys(entry["cost"] for entry in entries if entry["method"] == main)
+    paths = {cost: run.folder / "search" / f"{main}-{cost}.json" for cost in costs}
+    logs = {cost: json.loads(path.read_text()) for cost, path in paths.items()}
+    return {cost: log for cost, log in logs.items() if log["moves"]}
 
 
 def _about_data(run: Run) -> dict[str, Any]:

@@ -28,11 +28,11 @@ from ..backbones import create_backbone, hub_id
 from ..costs import get_cost
 from ..layers import input_quantizers
 from ..modeling_sdq import SDQForImageClassification
-from ..search import SearchLog, SearchState, search
+from ..search import SDQ_METHODS, SearchLog, SearchState, search
 from ..search.descent import Descent
 from ..strategy import Strategy
 from ..writing import save_tensors, write_json
-from .arguments import ArgumentError, Arguments, bits_by_pattern
+from .arguments import ArgumentError, Arguments, bits_by_pattern, numbers_by_name
 from .data import ImageData, load_image_data
 from .evaluation import evaluate, logits_of
 from .fit import fit, recalibrate
@@ -290,8 +290,11 @@ class Run:
         start = self.base.strategy
         for cost, budgets in self._budgets().items():
             targets = options.target_bits if cost == "bits" else options.target_bitops
-            methods = [("sdq", options.search)] + [("greedy", "greedy")] * ("greedy" in options.controls)
-            for label, method in methods:
+            # Whole-number uniform bits are made below, once for both costs.
+            controls = [name for name in options.controls if name not in ("uniform", "none")]
+            main = "sdq" if options.search in SDQ_METHODS else options.search
+            methods = {main: options.search} | {name: name for name in controls}
+            for label, method in methods.items():
                 found, seconds, log = self._search_one(f"{label}-{cost}", budgets, cost, method)
                 for target, budget, strategy in zip(targets, budgets, found, strict=True):
                     entries.append(
@@ -301,7 +304,7 @@ class Run:
                             "cost": cost,
                             "budget": budget,
                             "seconds": seconds,
-                            "batches": log.moves[-1]["batch"] + 1 if log.moves and label == "sdq" else 0,
+                            "batches": log.batches,
                             "strategy": strategy.to_json(),
                         }
                     )
@@ -333,7 +336,7 @@ class Run:
         log, checkpoint, result = SearchLog(), _SearchCheckpoint(folder, name), folder / f"{name}.json"
         if run.resume and result.exists():
             kept = json.loads(result.read_text())
-            log.moves = kept["moves"]
+            log.moves, log.batches = kept["moves"], kept["batches"]
             return [Strategy.from_json(strategy) for strategy in kept["strategies"]], kept["seconds"], log
         state = checkpoint.load() if run.resume else None
         started = time.perf_counter() - (state["seconds"] if state else 0.0)
@@ -342,7 +345,9 @@ class Run:
         def on_step(step: SearchState) -> None:
             progress.batch(step.batch, step.images, step.loss, step.cost, step.average_bits)
             stop = self.interrupt.requested(self.accelerator)
-            if (stop or step.batch % 200 == 199) and self.accelerator.is_main_process:
+            # A rival that is stopped begins anew.
+            saved = method in SDQ_METHODS and (stop or step.batch % 200 == 199)
+            if saved and self.accelerator.is_main_process:
                 checkpoint.save({**step.state_dict(), "seconds": time.perf_counter() - started})
             if stop:
                 self.accelerator.wait_for_everyone()
@@ -364,6 +369,7 @@ class Run:
             accelerator=self.accelerator,
             on_step=on_step,
             resume_from=state,
+            **(numbers_by_name(options.search_options) if method == options.search else {}),
         )
         progress.finish()
         seconds = time.perf_counter() - started

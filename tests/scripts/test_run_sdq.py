@@ -223,6 +223,19 @@ def test_mixed_precision_accumulation_and_moving_averages_still_publish_the_floa
     assert list(folder.rglob("*tfevents*"))
 
 
+def test_a_rival_may_be_searched_with_and_others_compared(data, tmp_path):
+    changes = {"search": "table", "search_options": "images=48", "controls": "random uniform", "epochs": 1}
+    folder = tmp_path / "run"
+    with redirect_stdout(io.StringIO()):
+        assert main(options(data, folder, teacher_epochs=1, target_bitops=None, **changes)) == 0
+    assert list(rows_of(folder)) == ["full precision", "table-bits-3", "random-bits-3", "uniform-3"]
+    # A layer and a bitwidth each, and the float network, on 48 images.
+    log = json.loads((folder / "search" / "table-bits.json").read_text())
+    assert log["forward_images"] == 48 * (8 * 6 + 1)
+    assert not (folder / "plots" / "descent.png").exists()
+    assert "a table of the KL divergence" in (folder / "models" / "table-bits-3" / "README.md").read_text()
+
+
 def launch(arguments, script=SCRIPT, processes=2):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -350,6 +363,10 @@ def test_a_wrong_token_is_told_before_the_run(data, hub, tmp_path, capsys, monke
         ({"push_to_hub": "true"}, "--push_to_hub needs --hub_model_id"),
         ({"model": "resnet8_cifr"}, "resnet8_cifar"),
         ({"img_sise": 3}, "did you mean --img_size"),
+        ({"search": "hawk"}, "did you mean hawq"),
+        ({"controls": "uniform greed"}, "did you mean greedy"),
+        ({"search": "table", "search_options": "lr=1"}, "'table' has no option 'lr'; its options are: images"),
+        ({"search_options": "caution"}, "takes NAME=VALUE"),
         ({"target_bits": 9}, "between 1 and 8"),
         ({"target_bits": 0.5}, "between 1 and 8"),
         ({"target_bitops": 11}, "out of reach"),

@@ -1,0 +1,123 @@
+"""`search`: strategies for a model's budgets, by SDQ or by one of its rivals."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from inspect import signature
+from typing import Any
+
+from accelerate import Accelerator
+from torch import nn
+
+from ..costs import get_cost
+from ..modeling_sdq import SDQForImageClassification
+from ..strategy import Strategy
+from .descent import Descent
+from .relaxed import edmips, fracbits
+from .rules import greedy, random, size, uniform
+from .sdq import paper, two_sided
+from .sensitivity import clado, hawq, table
+from .task import Batch, SearchLog, SearchState, Task
+from .updates import Paper, TwoSided
+
+METHODS: dict[str, Callable[..., list[Strategy]]] = {
+    "two_sided": two_sided,
+    "paper": paper,
+    "uniform": uniform,
+    "random": random,
+    "size": size,
+    "greedy": greedy,
+    "table": table,
+    "hawq": hawq,
+    "clado": clado,
+    "fracbits": fracbits,
+    "edmips": edmips,
+}
+# Those that learn DBPs by stochastic quantization, and can be resumed in the middle.
+SDQ_METHODS = ("two_sided", "paper")
+_OPTIONS_OF: dict[str, Callable[..., object]] = {"two_sided": TwoSided, "paper": Paper}
+
+
+def search(
+    model: SDQForImageClassification,
+    data: Iterable[Batch] | None,
+    budgets: Sequence[float],
+    cost: str = "bits",
+    method: str = "two_sided",
+    *,
+    teacher: nn.Module | None = None,
+    seed: int = 0,
+    start_bits: int | None = None,
+    floors: Mapping[str, int] | None = None,
+    weight_lr: float = 3e-4,
+    max_batches: int = 100_000,
+    log: SearchLog | None = None,
+    accelerator: Accelerator | None = None,
+    on_step: Callable[[SearchState], None] | None = None,
+    resume_from: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> list[Strategy]:
+    """Learn a strategy for each budget, in one descent.
+
+    The model is left as it was, weights, scales, clips and strategy: pass a strategy of the result to
+    `model.set_strategy`, and recalibrate batch norm (`model.recalibrate_batch_norm`) before it is evaluated.
+
+    Args:
+        model: with its pretrained float weights. Activation steps that are not fitted yet are fitted to the first batches.
+        data: batches `{"pixel_values": [B, C, H, W]}`, iterated again and again (`set_epoch` is called when there).
+            The rules "uniform", "random", "size" and "greedy" need none.
+        budgets: average bits of the searchable layers (cost "bits"), or BitOPs of the whole network for one image
+            (cost "bitops"). The strategy found costs at most the budget, and less by no more than 0.05 bits or 1 %.
+        method: SDQ by the "two_sided" (default; our extension) or the "paper" update, or a rival: the rules "uniform",
+            "random", "size" and "greedy" (`sdq_hf.search.rules`), the measured "table", "hawq" and "clado"
+            (`.sensitivity`), the relaxed "fracbits" and "edmips" (`.relaxed`).
+        teacher: gives the logits to stay close to; default: the model itself in float.
+        seed: of the draws. They depend on it and on the batch's number alone, so all ranks of a distributed run agree.
+        start_bits: rung where all layers start, and the most bits that a layer gets; default 6, or the lowest that is
+            above every budget. Only "uniform" goes above it.
+        floors: pattern of layer names -> fewest bits.
+        weight_lr: learning rate (AdamW) at which the weights follow the search, as in the paper's first phase, so that
+            damage is measured in a network that has adapted to its bits; 0 keeps them frozen. For SDQ, fracbits and edmips.
+        max_batches: gives up after so many, with a `BudgetError` that says how far it came.
+        log: is filled with estimates and moves. on_step: is called after each batch.
+        accelerator: of a distributed or mixed-precision run; gradients to the DBPs are averaged over its ranks.
+        resume_from: a `SearchState.state_dict()` of an interrupted search with the same arguments; SDQ's methods only.
+            Plain numbers that JSON can hold, but for the mapping of tensors under "tensors".
+        options: of the method; see `sdq_hf.search.updates.TwoSided` and `Paper`, and the functions of the rivals.
+
+    Returns strategies in the order of `budgets`. Raises `BudgetError` (a `ValueError`) for a budget out of reach, before
+    any work is done.
+    """
+    check_options(method, options)
+    descent = Descent(model.strategy, get_cost(cost), budgets, model.config.candidates, start_bits, floors)
+    log = SearchLog() if log is None else log
+    log.cost, log.method = cost, method
+    log.start, log.start_cost = dict(descent.start), descent.total(descent.start)
+    task = Task(
+        model,
+        descent,
+        data,
+        teacher,
+        seed,
+        weight_lr,
+        max_batches,
+        log,
+        accelerator or Accelerator(),
+        on_step,
+        resume_from,
+    )
+    return METHODS[method](task, **options)
+
+
+def check_options(method: str, options: Mapping[str, Any]) -> None:
+    """`ValueError` for an unknown method, `TypeError` for an option that it does not have, with the choices."""
+    if method not in METHODS:
+        near = get_close_matches(method, METHODS, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"Unknown search method {method!r}: expected one of {', '.join(METHODS)}.{hint}")
+    parameters = signature(_OPTIONS_OF.get(method, METHODS[method])).parameters.values()
+    known = [parameter.name for parameter in parameters if parameter.default is not parameter.empty]
+    for option in options:
+        if option not in known:
+            raise TypeError(
+                f"The method {method!r} has no option {option!r}; its options are: {', '.join(known) or 'none'}."
+            )

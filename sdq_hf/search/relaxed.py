@@ -1,0 +1,181 @@
+"""Rivals that train relaxed bitwidths by gradient descent, one search a budget.
+
+Their weights are mixtures of quantized weights, where SDQ's are one of the two at random.
+"""
+
+from collections.abc import Callable
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from ..layers import QuantizedLayer, quantized_layers
+from ..strategy import Strategy
+from .assignment import least_sum
+from .errors import scale_at, weight_at
+from .sdq import Training
+from .stochastic_weights import searching
+from .task import SearchState, Task, distillation_loss
+
+
+def fracbits(task: Task, batches: int = 400, lr: float = 0.05, cost_weight: float = 1.0) -> list[Strategy]:
+    """FracBits (Yang and Jin 2021): linear interpolation between the two bitwidths next to a fractional one.
+
+    `w_q = (1 - f) Q_floor(w) + f Q_ceil(w)` for a layer at lambda = floor + f on its ladder; the loss is the KL divergence
+    from the float network plus `cost_weight |cost(lambda) / budget - 1|`. Afterwards bits are the nearest whole ones to
+    lambda within the budget (least sum of squared distances; our interpretation of their rounding).
+
+    Args:
+        batches: of each budget's search. lr: of lambda, by SGD with momentum 0.9, falling to 0 along a cosine.
+    """
+
+    def distance(place: Tensor, rung: int) -> float:
+        return (place.item() - rung) ** 2
+
+    return _relaxed(
+        task, batches, lr, cost_weight, lambda rungs: torch.tensor(rungs - 1.0), fracbits_shares, distance, True
+    )
+
+
+def edmips(task: Task, batches: int = 400, lr: float = 0.2, cost_weight: float = 1.0) -> list[Strategy]:
+    """EdMIPS (Cai and Vasconcelos 2020): a softmax over one branch for each bitwidth.
+
+    `w_q = sum_k pi_k Q_k(w)`, pi = softmax(alpha); the loss is the KL divergence from the float network plus
+    `cost_weight |E[cost] / budget - 1|` (the paper weighs the cost itself; this form meets a budget). Afterwards bits are
+    the most probable ones within the budget (largest product of probabilities; our interpretation).
+
+    Args: as in `fracbits`; `lr` is that of alpha.
+    """
+
+    def surprise(alpha: Tensor, rung: int) -> float:
+        return -torch.log_softmax(alpha.double(), dim=0)[rung].item()
+
+    return _relaxed(task, batches, lr, cost_weight, torch.zeros, edmips_shares, surprise, False)
+
+
+def fracbits_shares(place: Tensor, rungs: int) -> Tensor:
+    """Shares of a fractional place (0-d) on a ladder of `rungs` bitwidths, from 0 to rungs - 1."""
+    below = place.detach().floor().clamp(0, max(rungs - 2, 0)).long()
+    upper = place - below
+    return torch.stack(
+        [1 - upper if rung == below else upper if rung == below + 1 else upper * 0 for rung in range(rungs)]
+    )
+
+
+def edmips_shares(alpha: Tensor, rungs: int) -> Tensor:
+    return torch.softmax(alpha, dim=0)
+
+
+class Mixture:
+    """Weights of one layer as a mixture of its quantized weights; `parameter` is trained.
+
+    Scales are fitted when it is made. `shares(parameter, number of rungs)` gives the mixture's weights.
+    """
+
+    def __init__(
+        self, layer: QuantizedLayer, rungs: list[int], parameter: Tensor, shares: Callable[[Tensor, int], Tensor]
+    ):
+        self.layer, self.rungs, self._shares = layer, rungs, shares
+        self.parameter = parameter.to(layer.weight.device).requires_grad_()
+        self.scales = [scale_at(layer, bits) for bits in rungs]
+
+    def shares(self) -> Tensor:
+        """Of each rung (float32 [rungs]); their sum is 1."""
+        return self._shares(self.parameter, len(self.rungs))
+
+    def weight(self, weight: Tensor) -> Tensor:
+        parts = [
+            share * weight_at(self.layer, bits, scale)
+            for share, bits, scale in zip(self.shares(), self.rungs, self.scales, strict=True)
+            # A share of 0 gets no gradient either: the branch would be worked out for nothing.
+            if share != 0 or self.parameter.ndim
+        ]
+        return torch.stack(parts).sum(dim=0)
+
+
+def _relaxed(
+    task: Task,
+    batches: int,
+    lr: float,
+    cost_weight: float,
+    start: Callable[[int], Tensor],
+    shares: Callable[[Tensor, int], Tensor],
+    price: Callable[[Tensor, int], float],
+    bounded: bool,
+) -> list[Strategy]:
+    """A search for each budget: parameters begin at `start(rungs)`, bits end at the least sum of `price(parameter, rung)`."""
+    task.calibrate()
+    teacher = task.float_network()
+    layers, strategies = quantized_layers(task.model.timm_model), []
+    for number, budget in enumerate(task.descent.budgets):
+        mixtures = {}
+        for name in task.descent.names:
+            rungs = task.descent.rungs(name)
+            mixtures[name] = Mixture(layers[name], rungs, start(len(rungs)), shares)
+        try:
+            with searching(task.model, trained=task.weight_lr > 0) as parameters:
+                for name, mixture in mixtures.items():
+                    layers[name].weight_source = mixture.weight
+                _train(task, mixtures, parameters, teacher, budget, batches, lr, cost_weight, bounded, number)
+        finally:
+            for name in mixtures:
+                layers[name].weight_source = None
+        damages = {
+            name: {bits: price(mixture.parameter.detach(), rung) for rung, bits in enumerate(mixture.rungs)}
+            for name, mixture in mixtures.items()
+        }
+        strategies.append(task.model.strategy.with_bits(least_sum(task.descent, budget, damages)))
+    return strategies
+
+
+def _train(
+    task: Task,
+    mixtures: dict[str, Mixture],
+    parameters: list[torch.nn.Parameter],
+    teacher: torch.nn.Module,
+    budget: float,
+    batches: int,
+    lr: float,
+    cost_weight: float,
+    bounded: bool,
+    number: int,
+) -> None:
+    model, descent, accelerator = task.model, task.descent, task.accelerator
+    # Gradients of half precision underflow unless the loss is scaled; what comes out is scaled back.
+    scale = 1024.0 if accelerator.mixed_precision == "fp16" else 1.0
+    training = Training(model, parameters, task.weight_lr, accelerator, scale)
+    own = [mixture.parameter for mixture in mixtures.values()]
+    optimizer = torch.optim.SGD(own, lr=lr, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, batches)
+    costs = {
+        name: torch.tensor([descent.table[name][bits] for bits in mixture.rungs], device=model.device)
+        for name, mixture in mixtures.items()
+    }
+    images_of = task.batches(start=number * batches)
+    for _ in range(batches):
+        images = next(images_of)["pixel_values"].to(model.device)
+        loss = distillation_loss(model, teacher, images, accelerator)
+        cost = descent.base + torch.stack([(m.shares() * costs[name]).sum() for name, m in mixtures.items()]).sum()
+        ((loss + cost_weight * (cost / budget - 1).abs()) * scale).backward()
+        for parameter in own:
+            assert parameter.grad is not None
+            parameter.grad = cast(Tensor, accelerator.reduce(parameter.grad / scale, reduction="mean"))
+        # Half precision can overflow: such a batch tells nothing.
+        if training.step() and all(parameter.grad.isfinite().all() for parameter in own if parameter.grad is not None):
+            optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        if bounded:
+            with torch.no_grad():
+                for mixture in mixtures.values():
+                    mixture.parameter.clamp_(0, len(mixture.rungs) - 1)
+        task.log.batches += 1
+        task.log.backward_images += len(images)
+        if task.on_step is not None:
+            mean = sum(
+                float((m.shares().detach().cpu() * torch.tensor(m.rungs)).sum()) * task.model.strategy[name].num_weights
+                for name, m in mixtures.items()
+            ) / sum(task.model.strategy[name].num_weights for name in mixtures)
+            task.on_step(
+                SearchState(task.log.batches, cost.item(), mean, loss.item(), len(images), None, dict[str, object])
+            )

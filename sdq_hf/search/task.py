@@ -1,0 +1,157 @@
+"""What every search method is given, and what it leaves behind."""
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from ..modeling_sdq import SDQForImageClassification
+from ..training.evaluation import logits_of
+from .descent import Descent
+
+Batch = Mapping[str, Tensor]
+
+
+@dataclass
+class SearchLog:
+    """What a search did, as plain numbers.
+
+    start: layer -> bits at the start, start_cost: what they cost.
+    moves: one entry per step-down: batch, layer, from, to, damage (loss), error (its standard error), cost (after it).
+    estimates: every `every` batches: batch, cost, and layer -> [bits, damage or beta, standard error].
+    batches: batches that were looked at. forward_images, backward_images: images that went through the network without and
+    with a backward pass; what the search costs.
+    """
+
+    cost: str = "bits"
+    method: str = "two_sided"
+    every: int = 10
+    start: dict[str, int] = field(default_factory=dict)
+    start_cost: float = 0.0
+    moves: list[dict[str, Any]] = field(default_factory=list)
+    estimates: list[dict[str, Any]] = field(default_factory=list)
+    batches: int = 0
+    forward_images: int = 0
+    backward_images: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+
+@dataclass(frozen=True)
+class SearchState:
+    """How far a running search is: passed to `on_step` after each batch."""
+
+    batch: int
+    cost: float
+    average_bits: float
+    loss: float
+    images: int
+    moved: str | None
+    state_dict: Callable[[], dict[str, Any]]
+
+
+@dataclass
+class Task:
+    """One search: the arguments of `sdq_hf.search.search`, checked, and the way down from `start_bits` to the budgets."""
+
+    model: SDQForImageClassification
+    descent: Descent
+    data: Iterable[Batch] | None
+    teacher: nn.Module | None
+    seed: int
+    weight_lr: float
+    max_batches: int
+    log: SearchLog
+    accelerator: Accelerator
+    on_step: Callable[[SearchState], None] | None
+    resume_from: Mapping[str, Any] | None
+
+    def batches(self, start: int = 0) -> Iterator[Batch]:
+        """The batches of `data` again and again, from batch number `start` on; `ValueError` where there is no data."""
+        if self.data is None:
+            raise ValueError(f"The method {self.log.method!r} needs data.")
+        return endless(self.data, start)
+
+    def calibrate(self) -> None:
+        """Fit the activation steps to the data at the starting bits, unless they are fitted."""
+        model = self.model
+        if model.is_calibrated():
+            return
+        # On a copy: changing the bits of a model fits its scales anew.
+        probe = copy.deepcopy(model)
+        probe.set_strategy(model.strategy.with_bits(self.descent.start))
+        probe.calibrate(self.batches())
+        pairs = zip(model.quantized_layers().values(), probe.quantized_layers().values(), strict=True)
+        for layer, fitted in pairs:
+            if layer.input_quantizer is not None and fitted.input_quantizer is not None:
+                layer.input_quantizer.load_state_dict(fitted.input_quantizer.state_dict())
+
+    def float_network(self) -> nn.Module:
+        """The network whose outputs the search stays close to: the teacher, or the model itself as it is now, in float."""
+        if self.teacher is not None:
+            return self.teacher
+        twin = copy.deepcopy(self.model).eval().requires_grad_(False)
+        for layer in twin.quantized_layers().values():
+            layer.enabled = False
+        return twin
+
+    def move(self, batch: int, name: str, damage: float, error: float = 0.0) -> None:
+        """Step a layer down, and log it."""
+        before = self.descent.bits[name]
+        self.descent.step_down(name, damage)
+        self.log.moves.append(
+            {
+                "batch": batch,
+                "layer": name,
+                "from": before,
+                "to": self.descent.bits[name],
+                "damage": damage,
+                "error": error,
+                "cost": self.descent.total(),
+            }
+        )
+
+
+def distillation_loss(
+    model: SDQForImageClassification, teacher: nn.Module, images: Tensor, accelerator: Accelerator
+) -> Tensor:
+    """KL divergence from the teacher's outputs, mean over the batch; its gradient is that of METHOD 4's KD."""
+    with accelerator.autocast():
+        with torch.no_grad():
+            target = logits_of(teacher(images))
+        logits = logits_of(model(pixel_values=images))
+    return divergence(logits, target)
+
+
+def divergence(logits: Tensor, target: Tensor) -> Tensor:
+    """KL(target || logits) of two batches of logits [B, C], mean over the batch: 0-d float32."""
+    return F.kl_div(
+        F.log_softmax(logits.float(), -1), F.log_softmax(target.float(), -1), reduction="batchmean", log_target=True
+    )
+
+
+def endless(data: Iterable[Batch], start: int = 0) -> Iterator[Batch]:
+    """The batches of `data` again and again, from batch number `start` on; each pass is an epoch of its own.
+
+    `set_epoch` is called where the loader has it, so a resumed run sees the order that it would have seen.
+    """
+    number, epoch = 0, 0
+    while True:
+        if hasattr(data, "set_epoch"):
+            data.set_epoch(epoch)
+        elif hasattr(getattr(data, "sampler", None), "set_epoch"):
+            data.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
+        before = number
+        for batch in data:
+            if number >= start:
+                yield batch
+            number += 1
+        if number == before:
+            raise ValueError("The data has no batch: is the split empty, or smaller than one batch?")
+        epoch += 1
