@@ -123,7 +123,7 @@ def publish_model(
 
 
 def publish_run(folder: str | Path, repo_id: str, license: str | None = None, **options: Any) -> dict[str, str]:
-    """Publish a finished run of `scripts/run_sdq.py`: each budget of its search on a branch (`w2.5`), the first on `main` too.
+    """Publish a finished run of `scripts/run_sdq.py`: each budget of its search on a branch, the first also on `main`.
 
     Cards are written with links to all of them. Gives revision -> address of its commit. Options and errors are those of
     `publish_folder`.

@@ -25,33 +25,9 @@ def report(run: Run, entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any
 
     Returns the rows of the table, which are also in results.json under `rows`.
     """
-    loaders, accelerator = run.loaders(), run.accelerator
-    rows = [_float_row(run, loaders["test"])]
-    for entry in entries:
-        folder = run.folder / "models" / entry["name"]
-        model = SDQForImageClassification.from_pretrained(folder)
-        model = model.to(accelerator.device).to(memory_format=torch.channels_last)
-        metrics = evaluate(model, loaders["test"], accelerator, reference=run.network)
-        tuned = json.loads((run.folder / "finetune" / f"{entry['name']}.json").read_text())
-        strategy = Strategy.from_json(entry["strategy"])
-        rows.append(
-            {
-                "name": entry["name"],
-                "method": entry["method"],
-                "cost": entry["cost"],
-                "budget": entry["budget"],
-                **metrics,
-                "average_bits": strategy.average_bits(),
-                "average_bits_with_pinned": strategy.average_bits(include_pinned=True),
-                "compression": strategy.compression(),
-                "file_bytes": weight_file_bytes(folder),
-                "ideal_bytes": model.ideal_bytes(),
-                "bitops": strategy.bitops(),
-                "search_seconds": entry["seconds"],
-                "finetune_seconds": tuned["seconds"],
-                "validation": tuned["validation"],
-            }
-        )
+    accelerator = run.accelerator
+    rows = [_float_row(run)]
+    rows += [row_of(run, entry) for entry in entries]
     if accelerator.is_main_process:
         results = {
             "rows": rows,
@@ -72,7 +48,33 @@ def report(run: Run, entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any
     return rows
 
 
-def _float_row(run: Run, test: Any) -> dict[str, Any]:
+def row_of(run: Run, entry: Mapping[str, Any]) -> dict[str, Any]:
+    """What the packed model of one strategy gets on the test split, loaded from its file, and what it costs."""
+    folder, accelerator = run.folder / "models" / entry["name"], run.accelerator
+    model = SDQForImageClassification.from_pretrained(folder)
+    model = model.to(accelerator.device).to(memory_format=torch.channels_last)
+    metrics = evaluate(model, run.loaders()["test"], accelerator, reference=run.network)
+    tuned = json.loads((run.folder / "finetune" / f"{entry['name']}.json").read_text())
+    strategy = Strategy.from_json(entry["strategy"])
+    return {
+        "name": entry["name"],
+        "method": entry["method"],
+        "cost": entry["cost"],
+        "budget": entry["budget"],
+        **metrics,
+        "average_bits": strategy.average_bits(),
+        "average_bits_with_pinned": strategy.average_bits(include_pinned=True),
+        "compression": strategy.compression(),
+        "file_bytes": weight_file_bytes(folder),
+        "ideal_bytes": model.ideal_bytes(),
+        "bitops": strategy.bitops(),
+        "search_seconds": entry["seconds"],
+        "finetune_seconds": tuned["seconds"],
+        "validation": tuned["validation"],
+    }
+
+
+def _float_row(run: Run) -> dict[str, Any]:
     path = run.folder / "teacher" / "model.safetensors"
     strategy = run.base.strategy
     trained = json.loads(path.with_name("teacher.json").read_text())
@@ -81,7 +83,7 @@ def _float_row(run: Run, test: Any) -> dict[str, Any]:
         "method": "float",
         "cost": "bits",
         "budget": FLOAT_BITS,
-        **evaluate(run.network, test, run.accelerator, reference=run.network),
+        **evaluate(run.network, run.loaders()["test"], run.accelerator, reference=run.network),
         "average_bits": float(FLOAT_BITS),
         "average_bits_with_pinned": float(FLOAT_BITS),
         "compression": 1.0,

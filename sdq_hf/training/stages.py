@@ -32,7 +32,7 @@ from ..search import SDQ_METHODS, SearchLog, SearchState, search
 from ..search.descent import Descent
 from ..strategy import Strategy
 from ..writing import save_tensors, write_json
-from .arguments import ArgumentError, Arguments, bits_by_pattern, numbers_by_name
+from .arguments import ArgumentError, Arguments, FinetuneArguments, bits_by_pattern, numbers_by_name
 from .data import ImageData, load_image_data
 from .evaluation import evaluate, logits_of
 from .fit import fit, recalibrate
@@ -105,7 +105,7 @@ class Run:
         options, start = self.arguments.search, self.base.strategy
         budgets = {
             "bits": list(options.target_bits),
-            "bitops": [_bitops_of_uniform(start, target) for target in options.target_bitops],
+            "bitops": [bitops_of_uniform(start, target) for target in options.target_bitops],
         }
         return {cost: found for cost, found in budgets.items() if found}
 
@@ -295,7 +295,7 @@ class Run:
             main = "sdq" if options.search in SDQ_METHODS else options.search
             methods = {main: options.search} | {name: name for name in controls}
             for label, method in methods.items():
-                found, seconds, log = self._search_one(f"{label}-{cost}", budgets, cost, method)
+                found, seconds, log = self.search_one(f"{label}-{cost}", budgets, cost, method)
                 for target, budget, strategy in zip(targets, budgets, found, strict=True):
                     entries.append(
                         {
@@ -328,9 +328,10 @@ class Run:
         self.accelerator.wait_for_everyone()
         return entries
 
-    def _search_one(
+    def search_one(
         self, name: str, budgets: list[float], cost: str, method: str
     ) -> tuple[list[Strategy], float, SearchLog]:
+        """One search: a strategy for each budget, seconds, and the log. A finished one is read when the run is resumed."""
         options, run = self.arguments.search, self.arguments.run
         folder = self.folder / "search"
         log, checkpoint, result = SearchLog(), _SearchCheckpoint(folder, name), folder / f"{name}.json"
@@ -393,12 +394,15 @@ class Run:
                 continue
             if not self._wants("finetune"):
                 raise self._missing("finetune")
-            self._finetune_one(name, Strategy.from_json(entry["strategy"]), record)
+            self.finetune_one(name, Strategy.from_json(entry["strategy"]))
 
-    def _finetune_one(self, name: str, strategy: Strategy, record: Path) -> None:
+    def finetune_one(self, name: str, strategy: Strategy, options: FinetuneArguments | None = None) -> None:
+        """Train the network at the bits of `strategy` and leave a packed model; `options`: default those of the run."""
         from ..hub.plots import plot_weights
 
-        options, data, loaders = self.arguments.finetune, self.arguments.data, self.loaders()
+        record = self.folder / "finetune" / f"{name}.json"
+        options = options or self.arguments.finetune
+        data, loaders = self.arguments.data, self.loaders()
         set_seed(self.arguments.run.seed)
         model = self._quantize(self.network)
         model.set_strategy(strategy)
@@ -565,7 +569,7 @@ def _load_data(arguments: Arguments) -> ImageData:
     )
 
 
-def _bitops_of_uniform(strategy: Strategy, bits: float) -> float:
+def bitops_of_uniform(strategy: Strategy, bits: float) -> float:
     """BitOPs of the network with `bits` in every searched layer; fractions lie between the whole numbers."""
     low, high = (float(strategy.with_bits(b).bitops()) for b in (1, 2))
     return low + (bits - 1) * (high - low)
