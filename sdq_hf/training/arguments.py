@@ -100,6 +100,7 @@ class SearchArguments:
 class FinetuneArguments(OptimizerArguments):
     """Phase 2: training at fixed bits, with distillation and bin regularization."""
 
+    kd: bool = _option(True, "Distillation: learn from the teacher's outputs alone; false: from the labels alone.")
     kd_teacher: str | None = _option(None, "timm model that teaches; default: the full-precision network itself.")
     kd_teacher_checkpoint: str | None = _option(None, "Its weights; default: timm's pretrained ones.")
     ebr_weight: float = _option(

@@ -32,10 +32,10 @@ from ..search import SDQ_METHODS, SearchLog, SearchState, search
 from ..search.descent import Descent
 from ..strategy import Strategy
 from ..writing import save_tensors, write_json
-from .arguments import ArgumentError, Arguments, FinetuneArguments, bits_by_pattern, numbers_by_name
+from .arguments import ArgumentError, Arguments, DataArguments, FinetuneArguments, bits_by_pattern, numbers_by_name
 from .data import ImageData, load_image_data
 from .evaluation import evaluate, logits_of
-from .fit import fit, recalibrate
+from .fit import LossFunction, fit, recalibrate
 from .interrupt import Interrupt, Interrupted
 from .loaders import build_loaders, build_mixup
 from .losses import distillation, ramp, total_bin_regularization
@@ -233,16 +233,7 @@ class Run:
             epochs = 0 if given else 30
         started, loaders = time.perf_counter(), self.loaders(options.teacher_batch_size)
         if epochs:
-            mixup = build_mixup(data.mixup, data.cutmix, data.label_smoothing, len(self.data.label_names))
-
-            def loss(model: nn.Module, images: Tensor, labels: Tensor, progress: float) -> Tensor:
-                if mixup is None:
-                    return F.cross_entropy(
-                        logits_of(model(images)).float(), labels, label_smoothing=data.label_smoothing
-                    )
-                images, targets = mixup(images, labels)
-                return -(targets * F.log_softmax(logits_of(model(images)).float(), dim=-1)).sum(dim=-1).mean()
-
+            loss = _loss_of_labels(data, len(self.data.label_names))
             recipe = OptimizerArguments(
                 epochs=epochs,
                 opt=options.teacher_opt,
@@ -407,15 +398,12 @@ class Run:
         model = self._quantize(self.network)
         model.set_strategy(strategy)
         self._calibrate(model)
-        teacher = self._kd_teacher()
-        mixup = build_mixup(data.mixup, data.cutmix, 0.0, len(self.data.label_names))
+        task_loss = (
+            self._distillation_loss(options) if options.kd else _loss_of_labels(data, len(self.data.label_names))
+        )
 
         def loss(student: nn.Module, images: Tensor, labels: Tensor, progress: float) -> Tensor:
-            if mixup is not None:
-                images, _ = mixup(images, labels)
-            with torch.no_grad():
-                target = logits_of(teacher(images))
-            total = distillation(logits_of(student(images)), target)
+            total = task_loss(student, images, labels, progress)
             if options.ebr_weight > 0:
                 total = total + options.ebr_weight * ramp(progress) * total_bin_regularization(model)
             return total
@@ -478,8 +466,21 @@ class Run:
         for quantizer in input_quantizers(model).values():
             quantizer.load_state_dict(broadcast(dict(quantizer.state_dict())))
 
-    def _kd_teacher(self) -> nn.Module:
-        options = self.arguments.finetune
+    def _distillation_loss(self, options: FinetuneArguments) -> LossFunction:
+        """The loss of a student that learns from its teacher's outputs alone; mixed images have no label that matters."""
+        data, teacher = self.arguments.data, self._kd_teacher(options)
+        mixup = build_mixup(data.mixup, data.cutmix, 0.0, len(self.data.label_names))
+
+        def loss(student: nn.Module, images: Tensor, labels: Tensor, progress: float) -> Tensor:
+            if mixup is not None:
+                images, _ = mixup(images, labels)
+            with torch.no_grad():
+                target = logits_of(teacher(images))
+            return distillation(logits_of(student(images)), target)
+
+        return loss
+
+    def _kd_teacher(self, options: FinetuneArguments) -> nn.Module:
         if options.kd_teacher is None:
             return self.network
         teacher = create_backbone(
@@ -567,6 +568,19 @@ def _load_data(arguments: Arguments) -> ImageData:
         max_train_samples=data.max_train_samples,
         max_eval_samples=data.max_eval_samples,
     )
+
+
+def _loss_of_labels(data: DataArguments, classes: int) -> LossFunction:
+    """Cross-entropy with the labels, smoothed or mixed as the options say."""
+    mixup = build_mixup(data.mixup, data.cutmix, data.label_smoothing, classes)
+
+    def loss(model: nn.Module, images: Tensor, labels: Tensor, progress: float) -> Tensor:
+        if mixup is None:
+            return F.cross_entropy(logits_of(model(images)).float(), labels, label_smoothing=data.label_smoothing)
+        images, targets = mixup(images, labels)
+        return -(targets * F.log_softmax(logits_of(model(images)).float(), dim=-1)).sum(dim=-1).mean()
+
+    return loss
 
 
 def bitops_of_uniform(strategy: Strategy, bits: float) -> float:
