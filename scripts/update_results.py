@@ -1,0 +1,66 @@
+"""Put the tables of README.md and docs/*.md in the place of the old ones, from the JSON files of their runs.
+
+    python scripts/update_results.py            # write
+    python scripts/update_results.py --check    # exit code 1 where a table is not that of its files
+
+A table stands between `<!-- table: KIND FILE ... -->` and `<!-- /table -->`; the kinds are those of `TABLES` below.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+# As when a script is run: its folder is where its neighbours are imported from.
+sys.path.insert(0, str(Path(__file__).parent))
+
+import compare_runs  # noqa: E402
+import study_quantizers  # noqa: E402
+import study_search  # noqa: E402
+
+from sdq_hf.writing import write_text  # noqa: E402
+
+# Contents of the files -> markdown.
+TABLES: dict[str, Callable[[list[Any]], str]] = {
+    "demo": lambda files: compare_runs.compare([results["rows"] for results in files]),
+    "quantizers": lambda files: study_quantizers.table(files[0]["cells"]),
+    "search": lambda files: study_search.table([cell for content in files for cell in content["cells"]]),
+}
+_BLOCK = re.compile(r"<!-- table: (\w+) ([^>]+?) -->\n.*?<!-- /table -->", re.DOTALL)
+
+
+def updated(text: str, root: Path = ROOT) -> str:
+    """`text` with its tables made anew. Raises `ValueError` for a kind of table that there is not."""
+
+    def block(match: re.Match[str]) -> str:
+        kind, paths = match[1], match[2].split()
+        if kind not in TABLES:
+            raise ValueError(f"Unknown table {kind!r}: expected one of {', '.join(TABLES)}.")
+        table = TABLES[kind]([json.loads((root / path).read_text()) for path in paths])
+        return f"<!-- table: {kind} {' '.join(paths)} -->\n\n{table}\n\n<!-- /table -->"
+
+    return _BLOCK.sub(block, text)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    check = parser.parse_args().check
+    stale = []
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        text = path.read_text()
+        new = updated(text)
+        if new != text:
+            stale.append(str(path.relative_to(ROOT)))
+            if not check:
+                write_text(path, new)
+    print(f"{'Out of date' if check else 'Updated'}: {', '.join(stale) or 'nothing'}")
+    return int(check and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,43 @@
+"""Tables in README.md and docs are those of their JSON files."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from scripts.update_results import updated
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_tables_in_the_repository_are_those_of_their_files():
+    command = [sys.executable, str(ROOT / "scripts" / "update_results.py"), "--check"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (ROOT / "README.md").read_text().count("<!-- table:") >= 1
+
+
+def cell(seed, method, kl, top1):
+    fixed = {"activation_bits": 4, "cost": "bits", "target": 2.0, "average_bits": 2.0}
+    return {**fixed, "seed": seed, "method": method, "kl": kl, "top1": top1}
+
+
+def test_a_table_is_made_anew_from_its_file_and_the_text_around_it_stays(tmp_path):
+    cells = [cell(0, "size", 0.30, 80.0), cell(1, "size", 0.50, 84.0), cell(0, "greedy", 0.1, 90.0)]
+    cells.append({**cell(1, "greedy", 0, 0), "error": "budget not met"})
+    (tmp_path / "a.json").write_text(json.dumps({"cells": cells}))
+    text = "before\n<!-- table: search a.json -->\nold | table\n<!-- /table -->\nafter\n"
+    new = updated(text, tmp_path)
+    assert new.startswith("before\n<!-- table: search a.json -->\n") and new.endswith("<!-- /table -->\nafter\n")
+    rows = [line for line in new.splitlines() if line.startswith("| 2 ")]
+    # Least KL first; the error is the standard deviation over the root of the number of seeds.
+    assert rows[0].startswith("| 2 average bits, A4 | greedy | 0.1000")
+    assert rows[1] == "| 2 average bits, A4 | size | 0.4000 ± 0.1000 | 82.00 ± 2.00 | 2.00 | 2 |"
+    assert updated(new, tmp_path) == new
+
+
+def test_an_unknown_table_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="Unknown table 'serch': expected one of demo"):
+        updated("<!-- table: serch a.json -->\n<!-- /table -->", tmp_path)
