@@ -30,7 +30,8 @@ def test_a_table_is_made_anew_from_its_file_and_the_text_around_it_stays(tmp_pat
     (tmp_path / "a.json").write_text(json.dumps({"cells": cells}))
     text = "before\n<!-- table: search a.json -->\nold | table\n<!-- /table -->\nafter\n"
     new = updated(text, tmp_path)
-    assert new.startswith("before\n<!-- table: search a.json -->\n") and new.endswith("<!-- /table -->\nafter\n")
+    assert new.startswith("before\n<!-- table: search a.json -->\n")
+    assert new.endswith("<!-- /table -->\nafter\n")
     rows = [line for line in new.splitlines() if line.startswith("| 2 ")]
     # Least KL first; the error is the standard deviation over the root of the number of seeds.
     assert rows[0].startswith("| 2 average bits, A4 | greedy | 0.1000")
