@@ -3,6 +3,7 @@
 Their weights are mixtures of quantized weights, where SDQ's are one of the two at random.
 """
 
+import math
 from collections.abc import Callable
 from typing import cast
 
@@ -16,6 +17,9 @@ from .errors import scale_at, weight_at
 from .sdq import Training
 from .stochastic_weights import searching
 from .task import SearchState, Task, distillation_loss
+
+# A layer's parameter and the number of its rungs -> rung -> share, of the rungs in the mixture.
+Shares = Callable[[Tensor, int], dict[int, Tensor]]
 
 
 def fracbits(task: Task, batches: int = 400, lr: float = 0.05, cost_weight: float = 1.0) -> list[Strategy]:
@@ -53,43 +57,40 @@ def edmips(task: Task, batches: int = 400, lr: float = 0.2, cost_weight: float =
     return _relaxed(task, batches, lr, cost_weight, torch.zeros, edmips_shares, surprise, False)
 
 
-def fracbits_shares(place: Tensor, rungs: int) -> Tensor:
-    """Shares of a fractional place (0-d) on a ladder of `rungs` bitwidths, from 0 to rungs - 1."""
-    below = place.detach().floor().clamp(0, max(rungs - 2, 0)).long()
+def fracbits_shares(place: Tensor, rungs: int) -> dict[int, Tensor]:
+    """Shares of the two rungs next to a fractional place (0-d) on a ladder of `rungs` bitwidths, 0 to rungs - 1.
+
+    At a whole place one share is 0, and has a gradient all the same.
+    """
+    below = min(math.floor(place.item()), max(rungs - 2, 0))
     upper = place - below
-    return torch.stack(
-        [1 - upper if rung == below else upper if rung == below + 1 else upper * 0 for rung in range(rungs)]
-    )
+    return {below: 1 - upper, below + 1: upper} if rungs > 1 else {0: 1 - upper}
 
 
-def edmips_shares(alpha: Tensor, rungs: int) -> Tensor:
-    return torch.softmax(alpha, dim=0)
+def edmips_shares(alpha: Tensor, rungs: int) -> dict[int, Tensor]:
+    return dict(enumerate(torch.softmax(alpha, dim=0)))
 
 
 class Mixture:
     """Weights of one layer as a mixture of its quantized weights; `parameter` is trained.
 
-    Scales are fitted when it is made. `shares(parameter, number of rungs)` gives the mixture's weights.
+    Scales are fitted when it is made. `shares(parameter, number of rungs)` gives rung -> share of those in the mixture.
     """
 
-    def __init__(
-        self, layer: QuantizedLayer, rungs: list[int], parameter: Tensor, shares: Callable[[Tensor, int], Tensor]
-    ):
+    def __init__(self, layer: QuantizedLayer, rungs: list[int], parameter: Tensor, shares: Shares):
         self.layer, self.rungs, self._shares = layer, rungs, shares
         self.parameter = parameter.to(layer.weight.device).requires_grad_()
         self.scales = [scale_at(layer, bits) for bits in rungs]
 
     def shares(self) -> Tensor:
         """Of each rung (float32 [rungs]); their sum is 1."""
-        return self._shares(self.parameter, len(self.rungs))
+        found = self._shares(self.parameter, len(self.rungs))
+        zero = torch.zeros_like(self.parameter).sum()
+        return torch.stack([found.get(rung, zero) for rung in range(len(self.rungs))])
 
     def weight(self, weight: Tensor) -> Tensor:
-        parts = [
-            share * weight_at(self.layer, bits, scale)
-            for share, bits, scale in zip(self.shares(), self.rungs, self.scales, strict=True)
-            # A share of 0 gets no gradient either: the branch would be worked out for nothing.
-            if share != 0 or self.parameter.ndim
-        ]
+        found = self._shares(self.parameter, len(self.rungs)).items()
+        parts = [share * weight_at(self.layer, self.rungs[rung], self.scales[rung]) for rung, share in found]
         return torch.stack(parts).sum(dim=0)
 
 
@@ -99,7 +100,7 @@ def _relaxed(
     lr: float,
     cost_weight: float,
     start: Callable[[int], Tensor],
-    shares: Callable[[Tensor, int], Tensor],
+    shares: Shares,
     price: Callable[[Tensor, int], float],
     bounded: bool,
 ) -> list[Strategy]:

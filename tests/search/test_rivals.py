@@ -174,6 +174,18 @@ def test_mixtures_are_what_they_say_and_their_gradients_are_finite_differences(p
         assert mixture.parameter.grad.view(-1)[i].item() == pytest.approx(difference, rel=0.02)
 
 
+@pytest.mark.parametrize(("place", "rungs"), [(0.0, (0, 1)), (1.0, (1, 2)), (2.0, (1, 2))])
+def test_the_gradient_at_a_whole_place_is_that_of_the_two_bitwidths_next_to_it(planted, place, rungs):
+    """One of their shares is 0 there; at the top, where the search starts, it is the lower one's."""
+    layer, ladder = planted.quantized_layers()[FEW[0]], [1, 2, 4]
+    mixture = Mixture(layer, ladder, torch.tensor(place), fracbits_shares)
+    lower, upper = (quantized(layer, ladder[rung]) for rung in rungs)
+    factor = torch.randn(lower.shape, generator=torch.Generator().manual_seed(0))
+    (mixture.weight(layer.weight) * factor).sum().backward()
+    expected = ((upper - lower) * factor).sum()
+    torch.testing.assert_close(mixture.parameter.grad, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.fixture(scope="module")
 def truth(planted):
     """Bits, BitOPs and damage (KL above that of float weights) of all 256 strategies of the four layers, by plain torch."""
