@@ -36,8 +36,14 @@ _ORIGINS = {
 
 
 def main_method(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The method that a run is about: that of its first quantized row; the others are there to compare with."""
-    return next(row["method"] for row in rows if row["method"] != "float")
+    """The method that a run is about: that of its first quantized row; the others are there to compare with.
+
+    Raises `ValueError` where there is none.
+    """
+    methods = [row["method"] for row in rows if row["method"] != "float"]
+    if not methods:
+        raise ValueError("The run has no row of a quantized model.")
+    return methods[0]
 
 
 @dataclass

@@ -4,7 +4,8 @@ Their weights are mixtures of quantized weights, where SDQ's are one of the two 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -16,10 +17,27 @@ from .assignment import least_sum
 from .errors import scale_at, weight_at
 from .sdq import Training
 from .stochastic_weights import searching
-from .task import SearchState, Task, distillation_loss
+from .task import Batch, SearchState, Task, distillation_loss
 
 # A layer's parameter and the number of its rungs -> rung -> share, of the rungs in the mixture.
 Shares = Callable[[Tensor, int], dict[int, Tensor]]
+
+
+@dataclass(frozen=True)
+class Relaxation:
+    """How bitwidths are relaxed, by one parameter for each layer, and how these are trained.
+
+    start: number of rungs -> parameter. price: parameter, rung -> what it costs to end at that rung; the least sum within
+    the budget is taken. bounded: whether parameters are kept between 0 and the highest rung. The others: as in `fracbits`.
+    """
+
+    start: Callable[[int], Tensor]
+    shares: Shares
+    price: Callable[[Tensor, int], float]
+    bounded: bool
+    batches: int
+    lr: float
+    cost_weight: float
 
 
 def fracbits(task: Task, batches: int = 400, lr: float = 0.05, cost_weight: float = 1.0) -> list[Strategy]:
@@ -36,9 +54,10 @@ def fracbits(task: Task, batches: int = 400, lr: float = 0.05, cost_weight: floa
     def distance(place: Tensor, rung: int) -> float:
         return (place.item() - rung) ** 2
 
-    return _relaxed(
-        task, batches, lr, cost_weight, lambda rungs: torch.tensor(rungs - 1.0), fracbits_shares, distance, True
-    )
+    def top(rungs: int) -> Tensor:
+        return torch.tensor(rungs - 1.0)
+
+    return _relaxed(task, Relaxation(top, fracbits_shares, distance, True, batches, lr, cost_weight))
 
 
 def edmips(task: Task, batches: int = 400, lr: float = 0.2, cost_weight: float = 1.0) -> list[Strategy]:
@@ -54,7 +73,7 @@ def edmips(task: Task, batches: int = 400, lr: float = 0.2, cost_weight: float =
     def surprise(alpha: Tensor, rung: int) -> float:
         return -torch.log_softmax(alpha.double(), dim=0)[rung].item()
 
-    return _relaxed(task, batches, lr, cost_weight, torch.zeros, edmips_shares, surprise, False)
+    return _relaxed(task, Relaxation(torch.zeros, edmips_shares, surprise, False, batches, lr, cost_weight))
 
 
 def fracbits_shares(place: Tensor, rungs: int) -> dict[int, Tensor]:
@@ -88,41 +107,35 @@ class Mixture:
         zero = torch.zeros_like(self.parameter).sum()
         return torch.stack([found.get(rung, zero) for rung in range(len(self.rungs))])
 
+    def average_bits(self) -> float:
+        return sum(share * bits for share, bits in zip(self.shares().tolist(), self.rungs, strict=True))
+
     def weight(self, weight: Tensor) -> Tensor:
         found = self._shares(self.parameter, len(self.rungs)).items()
         parts = [share * weight_at(self.layer, self.rungs[rung], self.scales[rung]) for rung, share in found]
         return torch.stack(parts).sum(dim=0)
 
 
-def _relaxed(
-    task: Task,
-    batches: int,
-    lr: float,
-    cost_weight: float,
-    start: Callable[[int], Tensor],
-    shares: Shares,
-    price: Callable[[Tensor, int], float],
-    bounded: bool,
-) -> list[Strategy]:
-    """A search for each budget: parameters begin at `start(rungs)`, bits end at the least sum of `price(parameter, rung)`."""
+def _relaxed(task: Task, relaxation: Relaxation) -> list[Strategy]:
+    """A search for each budget, one after the other on the batches of the data."""
     task.calibrate()
-    teacher = task.float_network()
+    teacher, data = task.float_network(), task.batches()
     layers, strategies = quantized_layers(task.model.timm_model), []
-    for number, budget in enumerate(task.descent.budgets):
+    for budget in task.descent.budgets:
         mixtures = {}
         for name in task.descent.names:
             rungs = task.descent.rungs(name)
-            mixtures[name] = Mixture(layers[name], rungs, start(len(rungs)), shares)
+            mixtures[name] = Mixture(layers[name], rungs, relaxation.start(len(rungs)), relaxation.shares)
         try:
             with searching(task.model, trained=task.weight_lr > 0) as parameters:
                 for name, mixture in mixtures.items():
                     layers[name].weight_source = mixture.weight
-                _train(task, mixtures, parameters, teacher, budget, batches, lr, cost_weight, bounded, number)
+                _train(task, relaxation, mixtures, Training(task, parameters), teacher, data, budget)
         finally:
             for name in mixtures:
                 layers[name].weight_source = None
         damages = {
-            name: {bits: price(mixture.parameter.detach(), rung) for rung, bits in enumerate(mixture.rungs)}
+            name: {bits: relaxation.price(mixture.parameter.detach(), rung) for rung, bits in enumerate(mixture.rungs)}
             for name, mixture in mixtures.items()
         }
         strategies.append(task.model.strategy.with_bits(least_sum(task.descent, budget, damages)))
@@ -131,52 +144,43 @@ def _relaxed(
 
 def _train(
     task: Task,
+    relaxation: Relaxation,
     mixtures: dict[str, Mixture],
-    parameters: list[torch.nn.Parameter],
+    training: Training,
     teacher: torch.nn.Module,
+    data: Iterator[Batch],
     budget: float,
-    batches: int,
-    lr: float,
-    cost_weight: float,
-    bounded: bool,
-    number: int,
 ) -> None:
+    """Train the parameters of `mixtures`, and by `training` the weights."""
     model, descent, accelerator = task.model, task.descent, task.accelerator
-    # Gradients of half precision underflow unless the loss is scaled; what comes out is scaled back.
-    scale = 1024.0 if accelerator.mixed_precision == "fp16" else 1.0
-    training = Training(model, parameters, task.weight_lr, accelerator, scale)
     own = [mixture.parameter for mixture in mixtures.values()]
-    optimizer = torch.optim.SGD(own, lr=lr, momentum=0.9)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, batches)
+    optimizer = torch.optim.SGD(own, lr=relaxation.lr, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, relaxation.batches)
     costs = {
         name: torch.tensor([descent.table[name][bits] for bits in mixture.rungs], device=model.device)
         for name, mixture in mixtures.items()
     }
-    images_of = task.batches(start=number * batches)
-    for _ in range(batches):
-        images = next(images_of)["pixel_values"].to(model.device)
+    sizes = {name: layer.num_weights for name, layer in model.strategy.items() if name in mixtures}
+    for _ in range(relaxation.batches):
+        images = next(data)["pixel_values"].to(model.device)
         loss = distillation_loss(model, teacher, images, accelerator)
         cost = descent.base + torch.stack([(m.shares() * costs[name]).sum() for name, m in mixtures.items()]).sum()
-        ((loss + cost_weight * (cost / budget - 1).abs()) * scale).backward()
+        penalty = relaxation.cost_weight * (cost / budget - 1).abs()
+        ((loss + penalty) * training.scale).backward()
         for parameter in own:
             assert parameter.grad is not None
-            parameter.grad = cast(Tensor, accelerator.reduce(parameter.grad / scale, reduction="mean"))
+            parameter.grad = cast(Tensor, accelerator.reduce(parameter.grad / training.scale, reduction="mean"))
         # Half precision can overflow: such a batch tells nothing.
         if training.step() and all(parameter.grad.isfinite().all() for parameter in own if parameter.grad is not None):
             optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-        if bounded:
+        if relaxation.bounded:
             with torch.no_grad():
                 for mixture in mixtures.values():
                     mixture.parameter.clamp_(0, len(mixture.rungs) - 1)
         task.log.batches += 1
         task.log.backward_images += len(images)
         if task.on_step is not None:
-            mean = sum(
-                float((m.shares().detach().cpu() * torch.tensor(m.rungs)).sum()) * task.model.strategy[name].num_weights
-                for name, m in mixtures.items()
-            ) / sum(task.model.strategy[name].num_weights for name in mixtures)
-            task.on_step(
-                SearchState(task.log.batches, cost.item(), mean, loss.item(), len(images), None, dict[str, object])
-            )
+            mean = sum(m.average_bits() * sizes[name] for name, m in mixtures.items()) / sum(sizes.values())
+            task.on_step(SearchState(task.log.batches, cost.item(), mean, loss.item(), len(images), None, dict))

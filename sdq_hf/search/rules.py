@@ -1,6 +1,6 @@
 """Rules that need no data: controls for the searches that learn."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -38,20 +38,17 @@ def size(task: Task) -> list[Strategy]:
     That is what minimises `sum_l 4^-b_l`, the error of rounding when all layers are alike, within a budget (reverse
     water-filling of rate-distortion theory). A plain reading of the paper's search comes down to such a rule (METHOD 8).
     """
-    descent = task.descent
-
-    def growth(name: str) -> float:
-        lower = descent.next_bits(name)
-        assert lower is not None
-        return 4.0**-lower - 4.0 ** -descent.bits[name]
-
-    return _walk_down(task, lambda name: growth(name) / descent.saved(name), growth)
+    return _least_growth(task, {name: {b: 4.0**-b for b in task.descent.candidates} for name in task.descent.names})
 
 
 def greedy(task: Task) -> list[Strategy]:
     """Each step takes the layer whose relative quantization error grows least per saved cost."""
+    return _least_growth(task, quantization_errors(task.model, task.descent.names, task.descent.candidates))
+
+
+def _least_growth(task: Task, errors: Mapping[str, Mapping[int, float]]) -> list[Strategy]:
+    """Step down the layer whose error (layer -> bitwidth -> error) grows least per saved cost."""
     descent = task.descent
-    errors = quantization_errors(task.model, descent.names, descent.candidates)
 
     def growth(name: str) -> float:
         lower = descent.next_bits(name)

@@ -5,10 +5,8 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ..modeling_sdq import SDQForImageClassification
 from ..strategy import Strategy
 from ..training.optim import OptimizerArguments, create_optimizer
 from .descent import BudgetError
@@ -47,11 +45,9 @@ def _descend(task: Task, update: TwoSided | Paper) -> list[Strategy]:
         task.calibrate()
     teacher = task.float_network()
     weights = StochasticWeights(model, trained=trained)
-    # Gradients of half precision underflow unless the loss is scaled; what comes out is scaled back.
-    scale = 1024.0 if accelerator.mixed_precision == "fp16" else 1.0
     try:
         with searching(model, trained=trained) as parameters:
-            training = Training(model, parameters, task.weight_lr, accelerator, scale)
+            training = Training(task, parameters)
             tensors: Mapping[str, Tensor] = {}
             if resume_from is not None:
                 tensors = resume_from.get("tensors", {})
@@ -84,9 +80,9 @@ def _descend(task: Task, update: TwoSided | Paper) -> list[Strategy]:
                 drawn = update.draw(step)
                 weights.choose(drawn)
                 loss = distillation_loss(model, teacher, images, accelerator)
-                (loss * scale).backward()
+                (loss * training.scale).backward()
                 names, gradients = weights.gradients()
-                gradients = cast(Tensor, accelerator.reduce(gradients / scale, reduction="mean"))
+                gradients = cast(Tensor, accelerator.reduce(gradients / training.scale, reduction="mean"))
                 values = dict.fromkeys(descent.names, 0.0) | dict(zip(names, gradients.tolist(), strict=True))
                 # Half precision can overflow: such a batch tells nothing.
                 if training.step() and math.isfinite(sum(values.values())):
@@ -118,18 +114,16 @@ def _descend(task: Task, update: TwoSided | Paper) -> list[Strategy]:
 
 
 class Training:
-    """Weights that follow the search, by AdamW on its loss; nothing where there are no `parameters` to train."""
+    """Weights that follow the search, by AdamW on its loss; nothing where there are no `parameters` to train.
 
-    def __init__(
-        self,
-        model: SDQForImageClassification,
-        parameters: list[nn.Parameter],
-        lr: float,
-        accelerator: Accelerator,
-        scale: float,
-    ):
-        self.model, self.parameters, self.accelerator, self.scale = model, parameters, accelerator, scale
-        self.optimizer = create_optimizer(model, OptimizerArguments(lr=lr, weight_decay=0.0)) if parameters else None
+    The loss is multiplied by `scale` before its backward pass: gradients of half precision underflow otherwise.
+    """
+
+    def __init__(self, task: Task, parameters: list[nn.Parameter]):
+        self.model, self.parameters, self.accelerator = task.model, parameters, task.accelerator
+        self.scale = 1024.0 if task.accelerator.mixed_precision == "fp16" else 1.0
+        options = OptimizerArguments(lr=task.weight_lr, weight_decay=0.0)
+        self.optimizer = create_optimizer(task.model, options) if parameters else None
 
     def step(self) -> bool:
         """Update the weights; False, and nothing is changed, where a gradient is not finite."""

@@ -1,8 +1,8 @@
 """Rivals that measure sensitivities first and then choose all bits at once by an integer program.
 
-Each measures on the same images, in the same network (inputs quantized, batch norm with the batch's statistics, the layers
-that are not searched as they are) and against the same loss, the KL divergence from the float network's outputs, so that the
-signals are compared and not their surroundings (our choice; the papers use the loss of the task).
+All measure the same loss, the KL divergence from the float network's outputs, so that signals are compared and not losses
+(our choice; the papers use the loss of the task). `table` and `clado` do it as SDQ's search does: inputs quantized, batch
+norm with the batch's statistics, layers that are not searched as they are. `hawq` does it in the float network.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -21,7 +21,7 @@ from ..training.evaluation import logits_of
 from .assignment import Damages, choices, least_quadratic, least_sum
 from .errors import scale_at, weight_at
 from .stochastic_weights import searching
-from .task import Task, distillation_loss, divergence
+from .task import Task, distillation_loss, divergence, float_copy
 
 # Layer -> bits of the layers that are quantized -> loss.
 Loss = Callable[[Mapping[str, int]], float]
@@ -33,11 +33,14 @@ def table(task: Task, images: int = 512) -> list[Strategy]:
     Bits have the least sum of the table within the budget. Takes a forward pass per layer and bitwidth.
     """
     with probing(task, images) as loss:
-        whole = loss({})
-        damages = {
-            name: {bits: loss({name: bits}) - whole for bits in task.descent.rungs(name)} for name in task.descent.names
-        }
+        damages = _single_damages(task, loss, loss({}))
     return _choose(task, damages)
+
+
+def _single_damages(task: Task, loss: Loss, whole: float) -> Damages:
+    """Loss above `whole`, that of no layer quantized, of each layer quantized alone at each of its bitwidths."""
+    rungs = {name: task.descent.rungs(name) for name in task.descent.names}
+    return {name: {bits: loss({name: bits}) - whole for bits in ladder} for name, ladder in rungs.items()}
 
 
 def hawq(task: Task, images: int = 512, probes: int = 8) -> list[Strategy]:
@@ -58,35 +61,24 @@ def hawq(task: Task, images: int = 512, probes: int = 8) -> list[Strategy]:
 
 def hessian_traces(task: Task, images: int, probes: int) -> dict[str, float]:
     """Layer -> trace of the loss's Hessian in its weights, by Hutchinson's method (mean of v'Hv, v of random signs)."""
-    model, names = task.model, task.descent.names
-    layers = quantized_layers(model.timm_model)
-    weights = [layers[name].weight for name in names]
-    flags = [parameter.requires_grad for parameter in model.parameters()]
-    training, teacher = model.training, task.float_network()
+    names, network = task.descent.names, float_copy(task.model)
+    teacher = network if task.teacher is None else task.teacher
+    layers = quantized_layers(network.timm_model)
+    weights = [layers[name].weight.requires_grad_() for name in names]
     generator = torch.Generator().manual_seed(task.seed)
-    sums = torch.zeros(len(names), dtype=torch.float64)
-    count = 0
-    try:
-        model.eval().requires_grad_(False)
-        for weight in weights:
-            weight.requires_grad_(True)
-        with model.float_mode():
-            for batch in _images(task, images):
-                loss = distillation_loss(model, teacher, batch, task.accelerator)
-                gradients = torch.autograd.grad(loss, weights, create_graph=True)
-                task.log.batches += 1
-                for probe in range(probes):
-                    signs = [torch.randint(2, w.shape, generator=generator).to(w) * 2 - 1 for w in weights]
-                    products = torch.autograd.grad(gradients, weights, signs, retain_graph=probe + 1 < probes)
-                    sums += torch.stack([(v * hv).sum() for v, hv in zip(signs, products, strict=True)]).double().cpu()
-                    # Through the graph twice: about the work of two backward passes.
-                    task.log.backward_images += 2 * len(batch)
-                    count += 1
-    finally:
-        for parameter, flag in zip(model.parameters(), flags, strict=True):
-            parameter.requires_grad_(flag)
-        model.train(training)
-    traces = cast(Tensor, task.accelerator.reduce(sums.to(model.device) / count, reduction="mean"))
+    sums, count = torch.zeros(len(names), dtype=torch.float64), 0
+    for batch in _images(task, images):
+        loss = distillation_loss(network, teacher, batch, task.accelerator)
+        gradients = torch.autograd.grad(loss, weights, create_graph=True)
+        task.log.batches += 1
+        for probe in range(probes):
+            signs = [torch.randint(2, w.shape, generator=generator).to(w) * 2 - 1 for w in weights]
+            products = torch.autograd.grad(gradients, weights, signs, retain_graph=probe + 1 < probes)
+            sums += torch.stack([(v * hv).sum() for v, hv in zip(signs, products, strict=True)]).double().cpu()
+            # Through the graph twice: about the work of two backward passes.
+            task.log.backward_images += 2 * len(batch)
+            count += 1
+    traces = cast(Tensor, task.accelerator.reduce(sums.to(task.model.device) / count, reduction="mean"))
     return dict(zip(names, traces.tolist(), strict=True))
 
 
@@ -111,9 +103,9 @@ def clado(task: Task, images: int = 256, cross_bits: int = 3) -> list[Strategy]:
 
 def pairwise_damages(task: Task, loss: Loss, cross_bits: int) -> tuple[NDArray[np.float64], Damages]:
     """The symmetric matrix M of clado, with `x' M x = sum d_i + sum_{i<j} c_ij`, and its diagonal as a table."""
-    descent, whole = task.descent, loss({})
-    damages = {name: {bits: loss({name: bits}) - whole for bits in descent.rungs(name)} for name in descent.names}
-    options = choices(descent, damages)
+    whole = loss({})
+    damages = _single_damages(task, loss, whole)
+    options = choices(task.descent, damages)
     matrix = np.diag([damages[name][bits] for name, bits in options])
     for (i, (name, bits)), (j, (other, other_bits)) in combinations(enumerate(options), 2):
         if name != other and max(bits, other_bits) <= cross_bits:

@@ -10,7 +10,7 @@ from ..layers import QuantizedLayer, quantized_layers
 from ..modeling_sdq import SDQForImageClassification
 from ..quantizers import ActivationQuantizer
 from ..quantizers.stochastic import stochastic_choice
-from ..quantizers.weight import best_scale, fake_quantize
+from .errors import scale_at, weight_at
 
 
 class _Pair:
@@ -20,32 +20,31 @@ class _Pair:
     """
 
     def __init__(self, layer: QuantizedLayer, upper: int, lower: int | None, trained: bool, scales: Tensor | None):
-        quantizer, weight = layer.weight_quantizer, layer.weight.detach()
-        self._form, self._grid = quantizer.form, quantizer.grid
+        self._layer = layer
         self._bits = [upper] if lower is None else [upper, lower]
         if scales is None:
-            scales = torch.stack([best_scale(weight, self._form, self._grid, bits) for bits in self._bits])
-        self.scales = scales.to(weight.device)
-        self.gate = torch.zeros((), device=weight.device, requires_grad=True)
+            scales = torch.stack([scale_at(layer, bits) for bits in self._bits])
+        self.scales = scales.to(layer.weight.device)
+        self.gate = torch.zeros((), device=layer.weight.device, requires_grad=True)
         self.use_upper = True
         self._fixed: list[Tensor] | None = None
         if not trained:
             with torch.no_grad():
-                self._fixed = [self._quantize(weight, side) for side in range(len(self._bits))]
+                self._fixed = [self._quantize(side) for side in range(len(self._bits))]
 
-    def _quantize(self, weight: Tensor, side: int) -> Tensor:
+    def _quantize(self, side: int) -> Tensor:
         """The weights at the upper (side 0) or the lower bitwidth (side 1)."""
         if self._fixed is not None:
             return self._fixed[side]
-        return fake_quantize(weight.float(), self._form, self._grid, self._bits[side], self.scales[side])
+        return weight_at(self._layer, self._bits[side], self.scales[side])
 
     def weight(self, weight: Tensor) -> Tensor:
         if len(self._bits) == 1:
-            return self._quantize(weight, 0)
+            return self._quantize(0)
         drawn = 0 if self.use_upper else 1
-        chosen = self._quantize(weight, drawn)
+        chosen = self._quantize(drawn)
         with torch.no_grad():
-            other = self._quantize(weight, 1 - drawn)
+            other = self._quantize(1 - drawn)
             difference = chosen - other if self.use_upper else other - chosen
         return stochastic_choice(self.gate, chosen, difference)
 

@@ -94,12 +94,7 @@ class Task:
 
     def float_network(self) -> nn.Module:
         """The network whose outputs the search stays close to: the teacher, or the model itself as it is now, in float."""
-        if self.teacher is not None:
-            return self.teacher
-        twin = copy.deepcopy(self.model).eval().requires_grad_(False)
-        for layer in twin.quantized_layers().values():
-            layer.enabled = False
-        return twin
+        return float_copy(self.model) if self.teacher is None else self.teacher
 
     def move(self, batch: int, name: str, damage: float, error: float = 0.0) -> None:
         """Step a layer down, and log it."""
@@ -116,6 +111,14 @@ class Task:
                 "cost": self.descent.total(),
             }
         )
+
+
+def float_copy(model: SDQForImageClassification) -> SDQForImageClassification:
+    """The float network that `model` is now: a frozen copy in eval mode."""
+    twin = copy.deepcopy(model).eval().requires_grad_(False)
+    for layer in twin.quantized_layers().values():
+        layer.enabled = False
+    return twin
 
 
 def distillation_loss(

@@ -317,12 +317,12 @@ def _check_methods(search: SearchArguments) -> None:
                 hint = f" (did you mean {near[0]}?)" if near else ""
                 raise ArgumentError(f"--{option} takes {', '.join(known)}, got {name!r}{hint}")
     try:
-        check_options(search.search, numbers_by_name(search.search_options))
+        check_options(search.search, values_by_name(search.search_options))
     except TypeError as error:
         raise ArgumentError(f"--search_options: {error}") from None
 
 
-def numbers_by_name(entries: Sequence[str]) -> dict[str, Any]:
+def values_by_name(entries: Sequence[str]) -> dict[str, Any]:
     """`["caution=0.5"]` -> `{"caution": 0.5}`, values as YAML reads them; `ArgumentError` for anything else."""
     result = {}
     for entry in entries:

@@ -32,7 +32,7 @@ from ..search import SDQ_METHODS, SearchLog, SearchState, search
 from ..search.descent import Descent
 from ..strategy import Strategy
 from ..writing import save_tensors, write_json
-from .arguments import ArgumentError, Arguments, DataArguments, FinetuneArguments, bits_by_pattern, numbers_by_name
+from .arguments import ArgumentError, Arguments, DataArguments, FinetuneArguments, bits_by_pattern, values_by_name
 from .data import ImageData, load_image_data
 from .evaluation import evaluate, logits_of
 from .fit import LossFunction, fit, recalibrate
@@ -361,7 +361,7 @@ class Run:
             accelerator=self.accelerator,
             on_step=on_step,
             resume_from=state,
-            **(numbers_by_name(options.search_options) if method == options.search else {}),
+            **(values_by_name(options.search_options) if method == options.search else {}),
         )
         progress.finish()
         seconds = time.perf_counter() - started
