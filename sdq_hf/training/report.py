@@ -26,8 +26,7 @@ def report(run: Run, entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any
     Returns the rows of the table, which are also in results.json under `rows`.
     """
     accelerator = run.accelerator
-    rows = [_float_row(run)]
-    rows += [row_of(run, entry) for entry in entries]
+    rows = [_float_row(run), *(row_of(run, entry) for entry in entries)]
     if accelerator.is_main_process:
         results = {
             "rows": rows,
@@ -129,8 +128,11 @@ def plot(run: Run, entries: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[
 
     folder = run.folder / "plots"
     logs = _descents(run, entries)
-    first = next(entry["name"] for entry in entries if entry["method"] == main_method(entries))
-    shown = {entry["name"]: Strategy.from_json(entry["strategy"]) for entry in entries if entry["method"] != "uniform"}
+    main = main_method(entries)
+    first = next(entry["name"] for entry in entries if entry["method"] == main)
+    # A picture of equal bits says nothing, unless the run is about them.
+    kept = [entry for entry in entries if entry["method"] != "uniform" or main == "uniform"]
+    shown = {entry["name"]: Strategy.from_json(entry["strategy"]) for entry in kept}
     plots.plot_bits(shown, folder / "bits.png")
     if logs:
         plots.plot_descent(logs, run.base.strategy, folder / "descent.png")

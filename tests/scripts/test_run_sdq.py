@@ -236,6 +236,17 @@ def test_a_rival_may_be_searched_with_and_others_compared(data, tmp_path):
     assert "a table of the KL divergence" in (folder / "models" / "table-bits-3" / "README.md").read_text()
 
 
+@pytest.mark.parametrize(("kd", "learns"), [("false", True), ("true", False)])
+def test_without_distillation_labels_are_learned_whatever_the_teacher_says(data, tmp_path, kd, learns):
+    """The teacher is not trained: who learns from it stays at chance, 25 %."""
+    changes = {"teacher_epochs": 1, "teacher_lr": 1e-9, "search": "uniform", "controls": "none", "target_bitops": None}
+    changes |= {"kd": kd, "epochs": 8, "batch_size": 16, "lr": 0.01, "ebr_weight": 0}
+    with redirect_stdout(io.StringIO()):
+        assert main(options(data, tmp_path / "run", **changes)) == 0
+    top1 = rows_of(tmp_path / "run")["uniform-bits-3"]["top1"]
+    assert top1 > 90 if learns else top1 < 50
+
+
 def launch(arguments, script=SCRIPT, processes=2):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
