@@ -191,8 +191,10 @@ def table(found: list[dict[str, Any]]) -> str:
         numbers = []
         for key, digits in (("kl", 4), ("top1", 2)):
             values = [cell[key] for cell in members]
-            error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else float("nan")
-            numbers.append(f"{statistics.fmean(values):.{digits}f} ± {error:.{digits}f}")
+            number = f"{statistics.fmean(values):.{digits}f}"
+            if len(values) > 1:
+                number += f" ± {statistics.stdev(values) / math.sqrt(len(values)):.{digits}f}"
+            numbers.append(number)
         bits = statistics.fmean(cell["average_bits"] for cell in members)
         lines.append(
             f"| {target:g} {unit}, A{activation_bits} | {method} | {' | '.join(numbers)} | {bits:.2f} | {len(members)} |"
