@@ -19,8 +19,12 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(Path(__file__).parent))
 
 import compare_runs  # noqa: E402
+import study_ablations  # noqa: E402
+import study_landscape  # noqa: E402
 import study_quantizers  # noqa: E402
 import study_search  # noqa: E402
+import study_signal  # noqa: E402
+import study_stability  # noqa: E402
 
 from sdq_hf.writing import write_text  # noqa: E402
 
@@ -28,6 +32,10 @@ from sdq_hf.writing import write_text  # noqa: E402
 TABLES: dict[str, Callable[[list[Any]], str]] = {
     "demo": lambda files: compare_runs.compare([results["rows"] for results in files]),
     "quantizers": lambda files: study_quantizers.table(files[0]["cells"]),
+    "ablations": lambda files: study_ablations.table(files[0]["cells"]),
+    "landscape": lambda files: study_landscape.table(files[0]["cells"]),
+    "stability": lambda files: study_stability.table(files[0]["cells"]),
+    "signal": lambda files: study_signal.table(files[0]["cells"]),
     "search": lambda files: study_search.table([cell for content in files for cell in content["cells"]]),
 }
 _BLOCK = re.compile(r"<!-- table: (\w+) ([^>]+?) -->\n.*?<!-- /table -->", re.DOTALL)

@@ -145,7 +145,7 @@ def _of_run(run: RunFacts, repo_id: str) -> dict[str, Any]:
         "dataset": data["name"],
         "train_images": data["train_images"],
         "test_images": data["test_images"],
-        "epochs": arguments["epochs"],
+        "epochs": f"{arguments['epochs']:g}",
         "seed": arguments["seed"],
         "standard_error": 100 * math.sqrt(share * (1 - share) / data["test_images"]),
         "command": results["command"],

@@ -1,6 +1,6 @@
-"""A model whose weights are drawn at one of two adjacent bitwidths, batch by batch."""
+"""A model whose weights are drawn at one of two adjacent bitwidths, or halfway between them, batch by batch."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -26,7 +26,8 @@ class _Pair:
             scales = torch.stack([scale_at(layer, bits) for bits in self._bits])
         self.scales = scales.to(layer.weight.device)
         self.gate = torch.zeros((), device=layer.weight.device, requires_grad=True)
-        self.use_upper = True
+        # Of the upper bitwidth in the weights: 1 or 0, or between them for weights that lie between.
+        self.share = 1.0
         self._fixed: list[Tensor] | None = None
         if not trained:
             with torch.no_grad():
@@ -41,12 +42,13 @@ class _Pair:
     def weight(self, weight: Tensor) -> Tensor:
         if len(self._bits) == 1:
             return self._quantize(0)
-        drawn = 0 if self.use_upper else 1
-        chosen = self._quantize(drawn)
-        with torch.no_grad():
-            other = self._quantize(1 - drawn)
-            difference = chosen - other if self.use_upper else other - chosen
-        return stochastic_choice(self.gate, chosen, difference)
+        # What is not used takes no gradient.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.share > 0):
+            upper = self._quantize(0)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.share < 1):
+            lower = self._quantize(1)
+        chosen = upper if self.share == 1 else lower if self.share == 0 else torch.lerp(lower, upper, self.share)
+        return stochastic_choice(self.gate, chosen, (upper - lower).detach())
 
 
 class StochasticWeights:
@@ -73,10 +75,10 @@ class StochasticWeights:
         """Layer -> scales of its bitwidths (float32 [1 or 2])."""
         return {name: pair.scales for name, pair in self._all.items()}
 
-    def choose(self, drawn: dict[str, bool]) -> None:
-        """Use the upper bitwidth where `drawn` is True, and forget the gradients of the batch before."""
+    def choose(self, drawn: Mapping[str, float]) -> None:
+        """Set the share of the upper bitwidth in each layer's weights, and forget the gradients of the batch before."""
         for name, pair in self._pairs.items():
-            pair.use_upper, pair.gate.grad = drawn[name], None
+            pair.share, pair.gate.grad = float(drawn[name]), None
 
     def gradients(self) -> tuple[list[str], Tensor]:
         """Names of the drawn layers and the loss's gradients to their DBPs (float32 [L]); 0 where nothing flowed."""

@@ -1,12 +1,12 @@
 """What decides which layer steps down next: the two-sided estimate, and the paper's trained DBPs.
 
-Both see, batch by batch, which side each layer drew (upper or lower bitwidth) and the gradient of the loss to its DBP,
-`<dL/dw_q, Q_upper(w) - Q_lower(w)>`.
+Both see, batch by batch, what each layer drew (1 for the upper bitwidth, 0 for the lower one) and the gradient of the loss
+to its DBP, `<dL/dw_q, Q_upper(w) - Q_lower(w)>`.
 """
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ class Move:
 class RunningMean:
     """Mean and its standard error with exponential forgetting: the newest sample weighs 1, the one before `keep`."""
 
-    keep: float = 0.97
+    keep: float = 0.99
     count: int = 0
     weight: float = 0.0
     weight_squares: float = 0.0
@@ -57,51 +57,82 @@ class RunningMean:
         return math.sqrt(variance * share)
 
 
-@dataclass
+# Share of the upper bitwidth -> its weight in the integral of the gradient from the upper to the lower bitwidth.
+_TRAPEZOID = {1.0: 1 / 2, 0.0: 1 / 2}
+_SIMPSON = {1.0: 1 / 6, 0.5: 4 / 6, 0.0: 1 / 6}
+
+
 class _Sides:
-    upper: RunningMean = field(default_factory=RunningMean)
-    lower: RunningMean = field(default_factory=RunningMean)
+    """Means of what was seen at each share of the upper bitwidth, and the damage that follows from them."""
+
+    def __init__(self, rule: Mapping[float, float], keep: float):
+        self.rule = rule
+        self.means = {share: RunningMean(keep) for share in rule}
 
     @property
     def damage(self) -> float:
-        return (self.upper.mean + self.lower.mean) / 2
+        return sum(weight * self.means[share].mean for share, weight in self.rule.items())
 
     @property
     def error(self) -> float:
-        return math.hypot(self.upper.error, self.lower.error) / 2
+        return math.hypot(*(weight * self.means[share].error for share, weight in self.rule.items()))
+
+    @property
+    def draws(self) -> list[int]:
+        return [mean.count for mean in self.means.values()]
+
+    def draw(self, u: float) -> float:
+        """The share of a draw `u` in (0, 1): both ends are equally likely, and what lies between takes half of all."""
+        end = 0.25 if len(self.rule) == 3 else 0.5
+        return 1.0 if u < end else 0.5 if u < 1 - end else 0.0
 
 
 class TwoSided:
     """Our extension of SDQ (METHOD 9): every DBP is held at one half, and the step with the least damage comes next.
 
     The gradient to a DBP at the upper choice is blind to the loss's curvature with one sign, that at the lower choice
-    with the other. Their mean is the trapezoid rule for L(lower) - L(upper). Per layer and side a running mean is kept;
-    a layer is ready when both sides have 3 draws and the standard error is at most half the damage, or after 13 draws.
+    with the other. Their mean is the trapezoid rule for L(lower) - L(upper). From 2 bits to 1 the way is too long for it:
+    it finds twice the damage, so there a third of the places is halfway between both bitwidths, and the rule is Simpson's.
+    Per layer and place a running mean is kept; a layer is ready when each has 3 draws and the standard error is at most
+    half the damage, or after 13 draws.
 
     Args:
-        min_draws: draws per side before a layer may step. max_draws: draws (both sides) after which it may always.
+        min_draws: draws per place before a layer may step. max_draws: draws (all places) after which it may always.
         caution: standard errors that are added to a damage when layers are compared. The least of many noisy estimates
             is one that is too low; with this a layer that is not measured well enough waits (our choice).
+        keep: how fast draws are forgotten as other layers step down: the weight of a draw against that of the next.
+        simpson_from: steps down from at most so many bits are measured at three places; 0: none.
     """
 
-    def __init__(self, descent: Descent, seed: int, min_draws: int = 3, max_draws: int = 13, caution: float = 1.0):
-        self.descent, self.seed, self.caution = descent, seed, caution
-        self.min_draws, self.max_draws = min_draws, max_draws
-        self.sides = {name: _Sides() for name in descent.names}
+    def __init__(
+        self,
+        descent: Descent,
+        seed: int,
+        min_draws: int = 3,
+        max_draws: int = 13,
+        caution: float = 2.0,
+        keep: float = 0.99,
+        simpson_from: int = 2,
+    ):
+        self.descent, self.seed, self.caution, self.keep = descent, seed, caution, keep
+        self.min_draws, self.max_draws, self.simpson_from = min_draws, max_draws, simpson_from
+        self.sides = {name: self._fresh(name) for name in descent.names}
 
-    def draw(self, step: int) -> dict[str, bool]:
-        """Layer -> True where the upper bitwidth is drawn in batch `step`; the same on every rank and after a resume."""
+    def _fresh(self, name: str) -> _Sides:
+        return _Sides(_SIMPSON if self.descent.bits[name] <= self.simpson_from else _TRAPEZOID, self.keep)
+
+    def draw(self, step: int) -> dict[str, float]:
+        """Layer -> share of the upper bitwidth in batch `step`; the same on every rank and after a resume."""
         uniform = draw(self.seed, step, len(self.descent.names)).tolist()
-        return {name: u < 0.5 for name, u in zip(self.descent.names, uniform, strict=True)}
+        return {name: self.sides[name].draw(u) for name, u in zip(self.descent.names, uniform, strict=True)}
 
-    def observe(self, gradients: Mapping[str, float], drawn: Mapping[str, bool]) -> None:
+    def observe(self, gradients: Mapping[str, float], drawn: Mapping[str, float]) -> None:
         for name, gradient in gradients.items():
-            sides = self.sides[name]
-            (sides.upper if drawn[name] else sides.lower).add(-gradient)
+            self.sides[name].means[drawn[name]].add(-gradient)
 
     def _ready(self, sides: _Sides) -> bool:
-        draws = (sides.upper.count, sides.lower.count)
-        return min(draws) >= self.min_draws and (sides.error <= sides.damage / 2 or sum(draws) >= self.max_draws)
+        enough = sides.error <= sides.damage / 2 or sum(sides.draws) >= self.max_draws
+        return min(sides.draws) >= self.min_draws and enough
 
     def next_move(self) -> Move | None:
         """The layer with the least damage (estimate and its error) per saved cost, once it is ready; None while it is not.
@@ -113,7 +144,7 @@ class TwoSided:
 
         def price(name: str) -> tuple[float, float]:
             saved, sides = self.descent.saved(name), self.sides[name]
-            if min(sides.upper.count, sides.lower.count) >= self.min_draws:
+            if min(sides.draws) >= self.min_draws:
                 damage = sides.damage + self.caution * sides.error
             else:
                 damage = self.descent.damage[name].get(self.descent.bits[name], 0.0)
@@ -125,23 +156,20 @@ class TwoSided:
         return Move(best, self.sides[best].damage, self.sides[best].error)
 
     def reset(self, name: str) -> None:
-        self.sides[name] = _Sides()
+        self.sides[name] = self._fresh(name)
 
     def estimates(self) -> dict[str, tuple[float, float]]:
-        """Layer -> (damage of its next step, standard error), where both sides have been drawn."""
-        return {
-            name: (sides.damage, sides.error)
-            for name, sides in self.sides.items()
-            if min(sides.upper.count, sides.lower.count) >= 2
-        }
+        """Layer -> (damage of its next step, standard error), where all places have been drawn."""
+        return {name: (sides.damage, sides.error) for name, sides in self.sides.items() if min(sides.draws) >= 2}
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: [vars(sides.upper), vars(sides.lower)] for name, sides in self.sides.items()}
+        return {name: [dict(vars(mean)) for mean in sides.means.values()] for name, sides in self.sides.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.sides = {
-            name: _Sides(RunningMean(**upper), RunningMean(**lower)) for name, (upper, lower) in state.items()
-        }
+        for name, means in state.items():
+            # After `descent` has its bits again, on which the places depend.
+            sides = self.sides[name] = self._fresh(name)
+            sides.means = {share: RunningMean(**mean) for share, mean in zip(sides.rule, means, strict=True)}
 
 
 class Paper:
@@ -187,14 +215,14 @@ class Paper:
         self._soft: Tensor | None = None
         self._leaf: Tensor | None = None
 
-    def draw(self, step: int) -> dict[str, bool]:
+    def draw(self, step: int) -> dict[str, float]:
         self._leaf = self.theta.clone().requires_grad_()
         hard, self._soft = gumbel_choice(
             self._leaf, draw(self.seed, step, len(self.descent.names)), temperature=self.temperature
         )
-        return dict(zip(self.descent.names, hard.tolist(), strict=True))
+        return dict(zip(self.descent.names, hard.double().tolist(), strict=True))
 
-    def observe(self, gradients: Mapping[str, float], drawn: Mapping[str, bool]) -> None:
+    def observe(self, gradients: Mapping[str, float], drawn: Mapping[str, float]) -> None:
         assert self._soft is not None, "draw comes before observe"
         assert self._leaf is not None
         names = self.descent.names

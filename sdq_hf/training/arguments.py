@@ -162,6 +162,7 @@ class Arguments:
                 # Where a folder lies on one machine is of no use on another.
                 values = [Path(value).name] if key in _PATHS and Path(value).is_absolute() else value
                 values = values if isinstance(values, list) else [values]
+                values = [int(v) if isinstance(v, float) and v.is_integer() else v for v in values]
                 parts.append(f"--{key} {' '.join(shlex.quote(str(v)) for v in values)}")
         return " ".join(parts)
 

@@ -67,6 +67,7 @@ def fit(
     interrupt = interrupt or Interrupt()
     train: DataLoaderShard = loaders["train"]
     per_epoch = math.ceil(len(train) / accelerator.gradient_accumulation_steps)
+    updates = max(1, round(per_epoch * options.epochs))
     optimizer = create_optimizer(model, options)
     scheduler = create_scheduler(optimizer, options, per_epoch)
     wrapped, prepared = accelerator.prepare(model, optimizer)
@@ -76,10 +77,10 @@ def fit(
     checkpoint = _Checkpoint(accelerator, checkpoint_dir / "checkpoint", wrapped, prepared, ema)
     if resume and checkpoint.exists():
         state = checkpoint.load()
-        accelerator.print(f"{name}: goes on from update {state.update} of {per_epoch * options.epochs}.")
+        accelerator.print(f"{name}: goes on from update {state.update} of {updates}.")
     epoch, started = state.update // per_epoch, time.perf_counter() - state.seconds
     progress = Progress(accelerator, name, options.epochs, len(train), train.total_batch_size)
-    while epoch < options.epochs:
+    while state.update < updates:
         if hasattr(train, "set_epoch"):
             train.set_epoch(epoch)
         done = state.update - epoch * per_epoch
@@ -93,8 +94,7 @@ def fit(
             with accelerator.accumulate(wrapped):
                 scheduler.step_update(state.update)
                 with accelerator.autocast():
-                    share = state.update / (per_epoch * options.epochs)
-                    loss = loss_function(wrapped, batch["pixel_values"], batch["labels"], share)
+                    loss = loss_function(wrapped, batch["pixel_values"], batch["labels"], state.update / updates)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients and options.clip_grad > 0:
                     accelerator.clip_grad_norm_(wrapped.parameters(), options.clip_grad)
@@ -106,6 +106,8 @@ def fit(
             state.update += 1
             if ema is not None:
                 ema.update(accelerator.unwrap_model(wrapped), step=state.update)
+            if state.update == updates:
+                break
             # After an epoch's last update its validation comes first, so that a resumed run does not miss it.
             if state.update % per_epoch and interrupt.requested(accelerator):
                 state.seconds = time.perf_counter() - started
@@ -126,7 +128,7 @@ def fit(
         progress.finish(metrics)
         state.seconds = time.perf_counter() - started
         stop = interrupt.requested(accelerator)
-        if stop or (epoch % save_every == 0 and epoch < options.epochs):
+        if stop or (epoch % save_every == 0 and state.update < updates):
             checkpoint.save(state)
         if stop:
             interrupt.stop()

@@ -20,7 +20,7 @@ SCHEDULERS = ("cosine", "tanh", "step", "poly")
 class OptimizerArguments:
     """Options of one training; names as in timm."""
 
-    epochs: int = field(default=30, metadata={"help": "Passes over the training images."})
+    epochs: float = field(default=30.0, metadata={"help": "Passes over the training images; fractions are possible."})
     opt: str = field(default="adamw", metadata={"help": "timm optimizer, e.g. adamw, sgd (Nesterov), lamb."})
     lr: float = field(default=1e-3, metadata={"help": "Learning rate at the peak."})
     weight_decay: float = field(default=1e-4, metadata={"help": "Of conv and linear weights only."})
@@ -29,7 +29,7 @@ class OptimizerArguments:
     warmup_epochs: int = field(default=1, metadata={"help": "Epochs in which the learning rate rises linearly."})
     min_lr: float = field(default=0.0, metadata={"help": "Learning rate at the end."})
     clip_grad: float = field(default=0.0, metadata={"help": "Largest gradient norm; 0: no clipping."})
-    scale_lr: float = field(default=0.1, metadata={"help": "Learning rate of scales and steps, relative to lr."})
+    scale_lr: float = field(default=1.0, metadata={"help": "Learning rate of scales and steps, relative to lr."})
 
 
 def parameter_groups(model: nn.Module, lr: float, weight_decay: float, scale_lr: float) -> list[dict[str, Any]]:
@@ -78,7 +78,7 @@ def create_scheduler(
     scheduler, _ = create_scheduler_v2(
         optimizer,
         sched=options.sched,
-        num_epochs=options.epochs,
+        num_epochs=options.epochs,  # type: ignore[arg-type]
         min_lr=options.min_lr,
         warmup_lr=0.0,
         warmup_epochs=min(options.warmup_epochs, options.epochs / 5),  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 class Progress:
     """Loss, further numbers, images/s and the time left."""
 
-    def __init__(self, accelerator: Accelerator, name: str, epochs: int, batches: int, batch_size: int):
+    def __init__(self, accelerator: Accelerator, name: str, epochs: float, batches: int, batch_size: int):
         self.name, self.epochs, self.batches, self.batch_size = name, epochs, batches, batch_size
         self.is_main = accelerator.is_main_process
         self.is_terminal = sys.stderr.isatty()
@@ -24,7 +24,7 @@ class Progress:
         self._epoch, self._losses, self._seen, self._started = epoch, [], 0, time.perf_counter()
         if self.is_main and self.is_terminal:
             total = self.batches * self.batch_size
-            title = f"{self.name} {epoch + 1}/{self.epochs}"
+            title = f"{self.name} {epoch + 1}/{self.epochs:g}"
             self._bar = tqdm(total=total, initial=done * self.batch_size, desc=title, unit="img", leave=False)
 
     def batch(self, loss: Tensor, images: int, numbers: Mapping[str, float]) -> None:
@@ -43,9 +43,9 @@ class Progress:
             self._bar.close()
             self._bar = None
         if self.is_main:
-            left = (self.epochs - self._epoch - 1) * seconds
+            left = max(0.0, self.epochs - self._epoch - 1) * seconds
             print(
-                f"{self.name}: epoch {self._epoch + 1}/{self.epochs}, loss {self.mean_loss:.4f}, validation top-1 "
+                f"{self.name}: epoch {self._epoch + 1}/{self.epochs:g}, loss {self.mean_loss:.4f}, validation top-1 "
                 f"{metrics['top1']:.2f}, {self._seen / seconds:,.0f} images/s"
                 + (f", {left:.0f} s left" if left else ""),
                 flush=True,

@@ -328,7 +328,8 @@ class Run:
         log, checkpoint, result = SearchLog(), _SearchCheckpoint(folder, name), folder / f"{name}.json"
         if run.resume and result.exists():
             kept = json.loads(result.read_text())
-            log.moves, log.batches = kept["moves"], kept["batches"]
+            for field in ("moves", "batches", "forward_images", "backward_images"):
+                setattr(log, field, kept[field])
             return [Strategy.from_json(strategy) for strategy in kept["strategies"]], kept["seconds"], log
         state = checkpoint.load() if run.resume else None
         started = time.perf_counter() - (state["seconds"] if state else 0.0)

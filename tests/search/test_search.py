@@ -1,6 +1,7 @@
 import copy
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -93,10 +94,28 @@ def test_two_sided_estimate_is_exact_for_a_quadratic_loss():
 
     for step in range(40):
         drawn = update.draw(step)
-        update.observe({n: gradient(1.0 if drawn[n] else 0.0) * 1.0 for n in way.names}, drawn)
+        assert set(drawn.values()) <= {0.0, 1.0}
+        update.observe({n: gradient(drawn[n]) for n in way.names}, drawn)
     truth = -(slope + curvature / 2)
     assert all(damage == pytest.approx(truth) for damage, _ in update.estimates().values())
     assert update.next_move() is not None
+
+
+def test_from_two_bits_the_estimate_is_exact_for_a_loss_of_fourth_order():
+    """The step to one bit is long: the mean of both ends would be far off."""
+    way = descent([1.5], start_bits=2)
+    update, loss = TwoSided(way, seed=0), np.polynomial.Polynomial([0.3, -0.4, 1.5, -2.0, 4.0])
+    gradient, shares = loss.deriv(), []
+    for step in range(200):
+        drawn = update.draw(step)
+        shares += drawn.values()
+        update.observe({n: gradient(drawn[n]) for n in way.names}, drawn)
+    assert all(damage == pytest.approx(loss(0) - loss(1)) for damage, _ in update.estimates().values())
+    assert abs(-(gradient(0) + gradient(1)) / 2 - (loss(0) - loss(1))) > 1
+    # Both ends a quarter of the time each.
+    assert [shares.count(share) / len(shares) for share in (1.0, 0.5, 0.0)] == pytest.approx(
+        [0.25, 0.5, 0.25], abs=0.02
+    )
 
 
 @pytest.fixture(scope="module")
@@ -145,14 +164,17 @@ def test_search_leaves_the_model_as_it_was_and_is_reproducible(planted):
 
 
 @pytest.mark.parametrize("weight_lr", [0.0, 1e-3])
-@pytest.mark.parametrize("method", ["two_sided", "paper"])
-def test_a_resumed_search_equals_the_uninterrupted_one(planted, method, weight_lr):
+@pytest.mark.parametrize(
+    ("method", "start", "budget"), [("two_sided", 6, 4.0), ("two_sided", 2, 1.5), ("paper", 6, 4.0)]
+)
+def test_a_resumed_search_equals_the_uninterrupted_one(planted, method, start, budget, weight_lr):
     model = copy.deepcopy(planted)
     model.calibrate(Images())
-    kwargs = {"method": method, "weight_lr": weight_lr, "seed": 1, "accelerator": Accelerator(cpu=True)}
+    kwargs = {"method": method, "weight_lr": weight_lr, "start_bits": start, "seed": 1}
+    kwargs["accelerator"] = Accelerator(cpu=True)
     kwargs |= {"lr": 30.0} if method == "paper" else {}
     whole = SearchLog()
-    expected = search(model, Images(), [4.0], log=whole, **kwargs)
+    expected = search(model, Images(), [budget], log=whole, **kwargs)
     kept = SimpleNamespace(state=None)
 
     def stop(step):
@@ -161,9 +183,9 @@ def test_a_resumed_search_equals_the_uninterrupted_one(planted, method, weight_l
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        search(model, Images(), [4.0], on_step=stop, **kwargs)
+        search(model, Images(), [budget], on_step=stop, **kwargs)
     log = SearchLog()
-    assert search(model, Images(), [4.0], log=log, resume_from=kept.state, **kwargs) == expected
+    assert search(model, Images(), [budget], log=log, resume_from=kept.state, **kwargs) == expected
     assert log.moves == whole.moves
     assert ("tensors" in kept.state) == (weight_lr > 0)
 
@@ -202,6 +224,24 @@ def test_drawn_weights_are_the_quantized_ones_and_gradients_are_those_of_the_cho
             torch.testing.assert_close(layer.weight.grad, leaf.grad * inside, rtol=1e-3, atol=1e-5)
         elif layer.weight.grad is not None:
             assert layer.weight.grad.abs().max() == 0
+    weights.clear()
+
+
+def test_weights_halfway_are_the_mean_and_train_through_both(planted):
+    model, name = copy.deepcopy(planted).eval(), "layer2.0.conv1"
+    layer, weights = model.quantized_layers()[name], StochasticWeights(model, trained=True)
+    weights.set(name, 2, 1)
+    weights.choose({name: 0.5})
+    halfway = layer.quantized_weight()
+    scales = {bits: best_scale(layer.weight, "lsq", "midrise", bits) for bits in (2, 1)}
+    sides = [fake_quantize(layer.weight.detach(), "lsq", "midrise", bits, scales[bits]) for bits in (2, 1)]
+    torch.testing.assert_close(halfway, (sides[0] + sides[1]) / 2)
+    grad = torch.randn(layer.weight.shape, generator=torch.Generator().manual_seed(0))
+    (halfway * grad).sum().backward()
+    inside = sum((layer.weight.detach().abs() <= scale).float() for scale in scales.values()) / 2
+    torch.testing.assert_close(layer.weight.grad, grad * inside)
+    (gate,) = weights.gradients()[1].tolist()
+    assert gate == pytest.approx((grad * (sides[0] - sides[1])).sum().item(), rel=1e-4)
     weights.clear()
 
 

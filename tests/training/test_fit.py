@@ -68,10 +68,11 @@ def plain_loop(epochs=3, clip=None):
         nesterov=True,
     )
     data = Rows(40)
-    for step in range(5 * epochs):
+    updates = round(5 * epochs)
+    for step in range(updates):
         rows = slice(step % 5 * BATCH, (step % 5 + 1) * BATCH)
         for group in optimizer.param_groups:
-            group["lr"] = 0.5 * 0.2 * (1 + math.cos(math.pi * step / (5 * epochs)))
+            group["lr"] = 0.5 * 0.2 * (1 + math.cos(math.pi * step / updates))
         optimizer.zero_grad()
         F.cross_entropy(model(data.x[rows]), data.y[rows]).backward()
         if clip:
@@ -110,6 +111,23 @@ def test_fit_is_the_plain_loop_and_ends_with_its_best_epoch(tmp_path, clip, metr
     assert (state.update, state.best_epoch) == (15, best + 1)
     same(model, expected[best])
     assert [row["epoch"] for row in state.history] == [1, 2, 3]
+
+
+def test_a_part_of_an_epoch_is_trained_and_a_training_that_goes_on_from_there_is_whole(tmp_path):
+    accelerator, model = Accelerator(cpu=True), network()
+    recipe = OptimizerArguments(**{**vars(RECIPE), "epochs": 2.4})
+    prepared = loaders(accelerator)
+    state = fit(model, cross_entropy, prepared, recipe, accelerator, tmp_path, eval_metric="loss")
+    expected = plain_loop(epochs=2.4)
+    ends = [expected[4], expected[9], expected[11]]
+    best = best_epoch(ends, "loss")
+    assert (state.update, state.best_epoch, len(state.history)) == (12, best + 1, 3)
+    same(model, ends[best])
+    # The loader that was left in the middle of a pass gives whole passes afterwards.
+    again = network()
+    fit(again, cross_entropy, prepared, RECIPE, accelerator, tmp_path / "again", eval_metric="loss")
+    whole = plain_loop()[4::5]
+    same(again, whole[best_epoch(whole, "loss")])
 
 
 def test_accumulated_batches_are_one_large_batch(tmp_path):

@@ -1,0 +1,154 @@
+"""What the studies share: float networks of several seeds, a cell's fine-tune, and results that are kept cell by cell."""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+
+from sdq_hf.strategy import Strategy
+from sdq_hf.training.arguments import Arguments, parse_arguments
+from sdq_hf.training.interrupt import Interrupt
+from sdq_hf.training.report import row_of
+from sdq_hf.training.stages import Run
+from sdq_hf.writing import write_json
+
+Cell = dict[str, Any]
+# Searches that train weights or DBPs.
+TRAINED = ("two_sided", "paper", "fracbits", "edmips")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Options that all studies have."""
+    parser.add_argument("--dataset", help="as in run_sdq.py; default: the bundled sample")
+    parser.add_argument("--model", default="mobilenetv1_025_cifar")
+    parser.add_argument("--img_size", type=int, default=28)
+    parser.add_argument("--activation_bits", type=int, default=4, help="32: float")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--teacher_epochs", type=int, default=15)
+    parser.add_argument("--epochs", type=int, default=4, help="of the fine-tune")
+    parser.add_argument("--lr", type=float, default=3e-3, help="of the fine-tune, at its peak")
+    parser.add_argument("--search_batch_size", type=int, default=64)
+    parser.add_argument("--max_search_batches", type=int, default=20_000)
+    parser.add_argument("--max_train_samples", type=int)
+    parser.add_argument("--runs", type=Path, default=Path("runs/study"), help="folder of networks and searches")
+    parser.add_argument("--shard", default="0/1", metavar="I/N", help="which of N processes this is")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file of the results")
+    parser.add_argument("--table", action="store_true", help="only print the table of what is there")
+
+
+def read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.exists() else {"cells": []}
+
+
+def work(
+    options: argparse.Namespace, cells: Iterable[Cell], fields: Sequence[str], measure: Callable[[Run, Cell], Cell]
+) -> None:
+    """Measure the cells that are missing from the result file and that are this process's, in their order.
+
+    A cell is known by its `fields`; one of them is `seed`, that of the float network and all else of its run.
+    """
+    datasets.disable_progress_bars()
+    shard, shards = (int(part) for part in options.shard.split("/"))
+    run: Run | None = None
+    for number, cell in enumerate(cells):
+        known = read(options.out)["cells"]
+        if number % shards != shard or any(all(done[f] == cell[f] for f in fields) for done in known):
+            continue
+        if run is None or run.arguments.run.seed != cell["seed"]:
+            run = open_run(options, cell["seed"])
+        started = time.perf_counter()
+        result = {**cell, **measure(run, cell), "seconds": round(time.perf_counter() - started, 1)}
+        # Read anew: another process may have written meanwhile.
+        content = read(options.out)
+        content |= {
+            "options": {
+                key: getattr(options, key) for key in ("model", "epochs", "lr", "search_batch_size", "teacher_epochs")
+            },
+            "images": {name: len(split) for name, split in run.data.splits.items()},
+            "versions": {name: version(name) for name in ("torch", "timm", "scipy")},
+            "hardware": f"{platform.machine()}, {torch.get_num_threads()} threads, {run.accelerator.device.type}",
+        }
+        content["cells"].append(result)
+        write_json(options.out, content)
+        shown = (*fields, "top1", "kl", "average_bits", "search_batches", "error")
+        print({key: result[key] for key in shown if key in result}, flush=True)
+
+
+def open_run(options: argparse.Namespace, seed: int) -> Run:
+    """The run whose float network, data and searches the cells of one seed share; its network is trained when missing."""
+    # Each process has a folder of its own, and one for each kind of activations, on which searches depend.
+    own = {
+        "checkpoint": train_float(options, seed, options.teacher_epochs),
+        "activation_bits": options.activation_bits,
+        "search_batch_size": options.search_batch_size,
+        "max_search_batches": options.max_search_batches,
+        "lr": options.lr,
+    }
+    part = f"{options.out.stem}-a{options.activation_bits}-{options.shard.replace('/', 'of')}"
+    run = Run(_arguments(options, seed, options.runs / f"{options.model}-{seed}-{part}", own), Interrupt())
+    run.teacher()
+    run.arguments.run.resume = True
+    return run
+
+
+def train_float(options: argparse.Namespace, seed: int, epochs: int) -> Path:
+    """The file of a float network of so many epochs; the first process trains it, the others wait."""
+    folder = options.runs / f"{options.model}-{seed}-{epochs}epochs"
+    network = folder / "teacher" / "model.safetensors"
+    while not options.shard.startswith("0/") and not network.exists():
+        time.sleep(5)
+    if not network.exists():
+        trained = Run(_arguments(options, seed, folder, {"teacher_epochs": epochs}), Interrupt())
+        trained.teacher()
+        trained.close()
+    return network
+
+
+def _arguments(options: argparse.Namespace, seed: int, folder: Path, more: Mapping[str, Any]) -> Arguments:
+    values = {
+        "dataset": options.dataset,
+        "model": options.model,
+        "img_size": options.img_size,
+        "max_train_samples": options.max_train_samples,
+        "seed": seed,
+        "cpu": str(not torch.cuda.is_available()),
+        "stage": "teacher",
+        "output_dir": folder,
+        "resume": (folder / "arguments.json").exists(),
+        **more,
+    }
+    return parse_arguments([f"--{key}={value}" for key, value in values.items() if value is not None])
+
+
+def tuned(
+    run: Run, name: str, strategy: Strategy, about: Mapping[str, Any], epochs: float, **changes: Any
+) -> dict[str, Any]:
+    """Fine-tune at the bits of `strategy`, and what the packed model gets on the test split.
+
+    about: method, cost, budget and seconds of the search. changes: options of the fine-tune.
+    """
+    run.finetune_one(name, strategy, replace(run.arguments.finetune, epochs=epochs, **changes))
+    row = row_of(run, {**about, "name": name, "strategy": strategy.to_json()})
+    return {
+        **{k: row[k] for k in ("top1", "top5", "loss", "kl", "validation", "average_bits", "bitops", "file_bytes")},
+        "bits": [strategy[layer].weight_bits for layer in run.base.strategy.searchable],
+        "finetune_epochs": epochs,
+        "finetune_seconds": round(row["finetune_seconds"], 1),
+    }
+
+
+def mean_and_error(values: Sequence[float], digits: int) -> str:
+    """Mean and its standard error as text, `0.123 ± 0.004`; no error where there is one value."""
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    if len(values) < 2:
+        return mean
+    return f"{mean} ± {statistics.stdev(values) / len(values) ** 0.5:.{digits}f}"

@@ -1,0 +1,130 @@
+"""The studies: a small run of each, on the bundled sample, and what they compute beside the library."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sdq_hf import SDQForImageClassification
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import study_ablations  # noqa: E402
+import study_landscape  # noqa: E402
+import study_search  # noqa: E402
+import study_signal  # noqa: E402
+import study_stability  # noqa: E402
+
+TINY = "--model resnet8_cifar --img_size 12 --max_train_samples 120 --teacher_epochs 1 --epochs 1 --seeds 0"
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A folder in which the float network is trained once."""
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture
+def study(runs, monkeypatch, capsys):
+    """A study is run as from the command line; gives what it printed and its cells."""
+
+    def run(module, options, out):
+        monkeypatch.setattr(
+            sys, "argv", ["study", *TINY.split(), "--runs", str(runs), "--out", str(out), *options.split()]
+        )
+        module.main()
+        return capsys.readouterr().out, json.loads(out.read_text())["cells"]
+
+    return run
+
+
+def test_a_search_study_goes_on_where_it_stopped_and_takes_the_search_off_the_finetune(study, tmp_path):
+    out = tmp_path / "search.json"
+    options = "--epochs 8 --target_bits 3 --target_bitops --search_batch_size 4 --methods"
+    _, first = study(study_search, f"{options} two_sided", out)
+    (cell,) = first
+    train = json.loads(out.read_text())["images"]["train"]
+    assert cell["search_backward_images"] == 4 * cell["search_batches"]
+    assert cell["finetune_epochs"] == pytest.approx(8 - cell["search_backward_images"] / train, abs=0.006)
+    assert cell["average_bits"] <= 3
+    # A search that leaves nothing to train with is no result.
+    _, (none,) = study(study_search, f"{options} two_sided --epochs 1", tmp_path / "none.json")
+    assert "error" in none
+    assert "kl" not in none
+    printed, both = study(study_search, f"{options} two_sided greedy", out)
+    assert both[0] == cell
+    assert [c["method"] for c in both] == ["two_sided", "greedy"]
+    assert printed.count("| 3 average bits, A4 |") == 2
+
+
+def test_the_study_of_signals_ranks_them_against_the_true_damage(study, tmp_path):
+    printed, (cell,) = study(study_signal, "--bits 2 --batches 12 --search_batch_size 20", tmp_path / "a.json")
+    assert set(cell["rank"]) >= {"two_sided", "upper", "lower", "table", "hawq", "greedy", "size"}
+    assert all(-1 <= value <= 1 for value in cell["rank"].values())
+    assert "| mean of both sides (SDQ) |" in printed
+
+
+def test_the_study_of_landscapes_has_four_surfaces_and_a_picture(study, tmp_path):
+    options = "--updates 2 --points 3 --draws 2 --images 20 --batches 12 --search_batch_size 20"
+    picture = tmp_path / "surfaces.png"
+    _, (cell,) = study(study_landscape, f"{options} --picture {picture}", tmp_path / "a.json")
+    for trained in cell["surfaces"].values():
+        for kind, rows in trained.items():
+            assert np.shape(rows) == (3, 3), kind
+    assert picture.stat().st_size > 10_000
+    # A plane has no roughness; noise has that of second differences of white noise, root 6.
+    plane = np.add.outer(np.arange(9.0), 2 * np.arange(9.0))
+    assert study_landscape.roughness(plane) < 1e-12
+    noise = np.random.default_rng(0).normal(size=(200, 200))
+    assert study_landscape.roughness(noise) == pytest.approx(math.sqrt(6), rel=0.05)
+
+
+def test_one_descent_gives_the_strategies_of_a_search_for_each_budget(study, tmp_path):
+    options = "--several_bits 2 3 --search_seeds 0 --search_batch_size 20"
+    printed, cells = study(study_stability, options, tmp_path / "a.json")
+    descents = cells[-1]
+    assert descents["bits_of"]["one"] == descents["bits_of"]["separate"]
+    assert descents["images_of"]["one"] < descents["images_of"]["separate"]
+    assert "give the same strategy at 2." in printed
+
+
+def test_ablations_change_what_they_say(study, tmp_path):
+    _, cells = study(study_ablations, "--parts strategy ebr_dorefa --target_bits 3", tmp_path / "a.json")
+    by_name = {(cell["part"], cell["value"]): cell for cell in cells}
+    assert set(by_name["strategy", "uniform"]["bits"]) == {3}
+    assert by_name["strategy", "learned"]["bits"] != by_name["strategy", "reversed"]["bits"]
+    # Another quantizer and another loss: another network.
+    kls = [by_name[key]["kl"] for key in (("strategy", "learned"), ("ebr_dorefa", "0"), ("ebr_dorefa", "1"))]
+    assert len(set(kls)) == 3
+
+
+def test_reversed_bits_have_the_same_average_and_the_opposite_order():
+    model = SDQForImageClassification.from_timm("resnet20_cifar", img_size=16)
+    names = model.strategy.searchable
+    learned = model.strategy.with_bits({name: 2 + index % 4 for index, name in enumerate(names)})
+    turned = study_ablations.reversed_bits(learned, model.config.candidates)
+    assert 0 <= learned.average_bits() - turned.average_bits() < 0.15
+    pairs = [
+        (learned[a].weight_bits - learned[b].weight_bits, turned[a].weight_bits - turned[b].weight_bits)
+        for a in names
+        for b in names
+    ]
+    assert sum(x * y for x, y in pairs) < 0
+
+
+def test_agreement_beyond_cost_is_none_where_cost_explains_all():
+    costs = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
+    falling = [8, 7, 6, 5, 4, 3]
+    noisy = [[7, 8, 6, 5, 4, 3], [8, 7, 5, 6, 4, 3], [8, 7, 6, 5, 3, 4]]
+    plain, partial = study_stability.agreement(noisy, costs)
+    assert plain > 0.85
+    assert abs(partial) < 0.5
+    # The same deviation from what cost says, in all of them.
+    same = [3, 7, 6, 5, 4, 8]
+    plain, partial = study_stability.agreement([same, same, same], costs)
+    assert (plain, partial) == (pytest.approx(1), pytest.approx(1))
+    assert np.isfinite(study_stability.agreement([falling, noisy[0]], costs)[0])
