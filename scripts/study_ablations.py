@@ -21,7 +21,6 @@ from sdq_hf.strategy import Strategy
 from sdq_hf.training.stages import Run
 
 FIELDS = ("seed", "part", "value", "activation_bits")
-EBR = ("0", "0.01", "0.1", "1")
 
 
 def main() -> None:
@@ -29,6 +28,7 @@ def main() -> None:
     add_options(parser)
     parser.add_argument("--target_bits", type=float, default=2.0)
     parser.add_argument("--parts", nargs="+", default=["strategy", "teacher", "ebr", "ebr_dorefa"])
+    parser.add_argument("--ebr", nargs="+", default=["0", "0.01", "0.1", "1"], help="weights of the regularizer")
     parser.add_argument("--teachers", nargs="+", default=["mobilenetv1_035_cifar", "mobilenetv1_050_cifar"])
     options = parser.parse_args()
     if not options.table:
@@ -37,11 +37,12 @@ def main() -> None:
 
 
 def cells(options: argparse.Namespace) -> Iterator[Cell]:
-    values = {
+    # Without it the learned quantizer has its row in `strategy`.
+    values: dict[str, Sequence[str]] = {
         "strategy": ("learned", "uniform", "reversed"),
         "teacher": ("labels", *options.teachers),
-        "ebr": EBR[1:],
-        "ebr_dorefa": EBR,
+        "ebr": [value for value in options.ebr if float(value)],
+        "ebr_dorefa": options.ebr,
     }
     for seed in options.seeds:
         for part in options.parts:

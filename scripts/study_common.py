@@ -34,7 +34,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--activation_bits", type=int, default=4, help="32: float")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--teacher_epochs", type=int, default=15)
-    parser.add_argument("--epochs", type=int, default=4, help="of the fine-tune")
+    parser.add_argument("--epochs", type=float, default=4, help="of the fine-tune")
     parser.add_argument("--lr", type=float, default=3e-3, help="of the fine-tune, at its peak")
     parser.add_argument("--search_batch_size", type=int, default=64)
     parser.add_argument("--max_search_batches", type=int, default=20_000)

@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--target_bitops", type=float, default=2.0, help="budget: BitOPs of so many uniform bits")
     parser.add_argument("--several_bits", type=float, nargs="*", default=[1.5, 2.0, 2.5, 3.0, 3.6])
     parser.add_argument("--search_seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--options", nargs="*", default=list(OPTIONS), choices=list(OPTIONS))
     options = parser.parse_args()
     if not options.table:
         work(options, cells(options), FIELDS, lambda run, cell: measure(options, run, cell))
@@ -51,7 +52,7 @@ def main() -> None:
 def cells(options: argparse.Namespace) -> Iterator[Cell]:
     for seed in options.seeds:
         rows = [("default", 0.0, search_seed) for search_seed in options.search_seeds]
-        rows += [(option, value, options.search_seeds[0]) for option, values in OPTIONS.items() for value in values]
+        rows += [(option, value, options.search_seeds[0]) for option in options.options for value in OPTIONS[option]]
         rows.append(("budgets", 0.0, options.search_seeds[0]))
         for row in rows:
             yield dict(zip(FIELDS, (seed, *row, options.activation_bits), strict=True))

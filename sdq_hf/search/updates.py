@@ -92,7 +92,7 @@ class TwoSided:
 
     The gradient to a DBP at the upper choice is blind to the loss's curvature with one sign, that at the lower choice
     with the other. Their mean is the trapezoid rule for L(lower) - L(upper). From 2 bits to 1 the way is too long for it:
-    it finds twice the damage, so there a third of the places is halfway between both bitwidths, and the rule is Simpson's.
+    it finds twice the damage, so there a third place is halfway between both bitwidths, and the rule is Simpson's.
     Per layer and place a running mean is kept; a layer is ready when each has 3 draws and the standard error is at most
     half the damage, or after 13 draws.
 
