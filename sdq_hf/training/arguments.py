@@ -108,8 +108,8 @@ class FinetuneArguments(OptimizerArguments):
     )
     model_ema: bool = _option(False, "Keep the exponential moving average of the weights (timm's ModelEmaV3).")
     model_ema_decay: float = _option(0.998, "Its decay.")
-    eval_metric: Literal["loss", "top1", "top5"] = _option(
-        "loss", "Which epoch is kept: the best by this, on validation. The loss is the least noisy of the three."
+    eval_metric: Literal["kl", "loss", "top1", "top5"] | None = _option(
+        None, "Which epoch is kept, by validation; default: kl to the teacher, as the training, or loss without one."
     )
     bn_batches: int = _option(50, "Batches from which batch norm is calibrated anew at the end; 0: none.")
 

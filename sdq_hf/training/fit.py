@@ -51,6 +51,7 @@ def fit(
     model_ema: bool = False,
     model_ema_decay: float = 0.998,
     eval_metric: str = "top1",
+    reference: nn.Module | None = None,
     save_every: int = 1,
     interrupt: Interrupt | None = None,
     note: Callable[[], dict[str, float]] | None = None,
@@ -61,7 +62,8 @@ def fit(
         loss_function: `(model, images, labels, progress)` -> 0-d loss.
         loaders: "train" and "validation", prepared by `accelerator`; batches have pixel_values and labels.
         checkpoint_dir: the training state is kept here while the training lasts. With `resume` it goes on from there.
-        eval_metric: what "best" means on validation: top1 or top5 (higher), or loss (lower).
+        eval_metric: what "best" means on validation: top1 or top5 (higher), or loss or kl (lower).
+        reference: the network that "kl" is measured from.
         note: more numbers for the progress bar, e.g. average bits.
     """
     interrupt = interrupt or Interrupt()
@@ -114,9 +116,9 @@ def fit(
                 checkpoint.save(state)
                 interrupt.stop()
         evaluated = ema.module if ema is not None else wrapped
-        metrics = evaluate(evaluated, loaders["validation"], accelerator)
+        metrics = evaluate(evaluated, loaders["validation"], accelerator, reference=reference)
         epoch += 1
-        score = -metrics["loss"] if eval_metric == "loss" else metrics[eval_metric]
+        score = -metrics[eval_metric] if eval_metric in ("loss", "kl") else metrics[eval_metric]
         if state.best is None or score > state.best:
             state.best, state.best_epoch = score, epoch
             if accelerator.is_main_process:
@@ -172,20 +174,34 @@ class _Checkpoint:
 
 
 @torch.no_grad()
-def recalibrate(model: Any, loaders: Mapping[str, Any], accelerator: Accelerator, num_batches: int) -> None:
-    """Gather batch-norm statistics anew (METHOD 6.3), averaged over ranks; kept where validation does not get worse."""
+def recalibrate(
+    model: Any,
+    loaders: Mapping[str, Any],
+    accelerator: Accelerator,
+    num_batches: int,
+    reference: nn.Module | None = None,
+) -> None:
+    """Gather batch-norm statistics anew (METHOD 6.3), averaged over ranks; kept where validation does not get worse.
+
+    Worse is a higher KL divergence from `reference`, or without it a higher loss.
+    """
     norms: list[Any] = [
         m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None
     ]
     if not norms or num_batches < 1:
         return
-    before = evaluate(model, loaders["validation"], accelerator)["loss"]
+
+    def score() -> float:
+        metrics = evaluate(model, loaders["validation"], accelerator, reference=reference)
+        return metrics["loss"] if reference is None else metrics["kl"]
+
+    before = score()
     old = [(norm.running_mean.clone(), norm.running_var.clone()) for norm in norms]
     model.recalibrate_batch_norm(loaders["calibration"], num_batches)
     for norm in norms:
         norm.running_mean.copy_(accelerator.reduce(norm.running_mean, reduction="mean"))
         norm.running_var.copy_(accelerator.reduce(norm.running_var, reduction="mean"))
-    if evaluate(model, loaders["validation"], accelerator)["loss"] > before:
+    if score() > before:
         for norm, (mean, var) in zip(norms, old, strict=True):
             norm.running_mean.copy_(mean)
             norm.running_var.copy_(var)

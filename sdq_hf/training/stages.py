@@ -399,9 +399,14 @@ class Run:
         model = self._quantize(self.network)
         model.set_strategy(strategy)
         self._calibrate(model)
-        task_loss = (
-            self._distillation_loss(options) if options.kd else _loss_of_labels(data, len(self.data.label_names))
-        )
+        teacher = self._kd_teacher(options) if options.kd else None
+        if teacher is None:
+            task_loss = _loss_of_labels(data, len(self.data.label_names))
+        else:
+            task_loss = self._distillation_loss(teacher)
+        # An epoch is judged by what the training aims at.
+        metric = options.eval_metric or ("loss" if teacher is None else "kl")
+        reference = (teacher or self.network) if metric == "kl" else None
 
         def loss(student: nn.Module, images: Tensor, labels: Tensor, progress: float) -> Tensor:
             total = task_loss(student, images, labels, progress)
@@ -422,11 +427,12 @@ class Run:
             resume=self.arguments.run.resume,
             model_ema=options.model_ema,
             model_ema_decay=options.model_ema_decay,
-            eval_metric=options.eval_metric,
+            eval_metric=metric,
+            reference=reference,
             interrupt=self.interrupt,
             note=lambda: {"bits": average},
         )
-        recalibrate(model, loaders, self.accelerator, options.bn_batches)
+        recalibrate(model, loaders, self.accelerator, options.bn_batches, reference)
         metrics = evaluate(model, loaders["validation"], self.accelerator, reference=self.network)
         if self.accelerator.is_main_process:
             folder = self.folder / "models" / name
@@ -467,9 +473,9 @@ class Run:
         for quantizer in input_quantizers(model).values():
             quantizer.load_state_dict(broadcast(dict(quantizer.state_dict())))
 
-    def _distillation_loss(self, options: FinetuneArguments) -> LossFunction:
+    def _distillation_loss(self, teacher: nn.Module) -> LossFunction:
         """The loss of a student that learns from its teacher's outputs alone; mixed images have no label that matters."""
-        data, teacher = self.arguments.data, self._kd_teacher(options)
+        data = self.arguments.data
         mixup = build_mixup(data.mixup, data.cutmix, 0.0, len(self.data.label_names))
 
         def loss(student: nn.Module, images: Tensor, labels: Tensor, progress: float) -> Tensor:

@@ -88,27 +88,43 @@ def same(model, state, **kwargs):
 
 
 def best_epoch(states, metric):
-    """Index of the first state with the best validation accuracy or loss."""
+    """Index of the first state with the best validation accuracy, loss, or KL divergence from an untrained network."""
     data, model = Rows(20, seed=1), network()
     scores = []
     for state in states:
         model.load_state_dict(state)
         if metric == "loss":
             scores.append(-F.cross_entropy(model(data.x), data.y).item())
+        elif metric == "kl":
+            target = network()(data.x).log_softmax(1)
+            scores.append(-(target.exp() * (target - model(data.x).log_softmax(1))).sum(1).mean().item())
         else:
             scores.append((model(data.x).argmax(1) == data.y).sum().item())
     return scores.index(max(scores))
 
 
-@pytest.mark.parametrize("metric", ["top1", "loss"])
+@pytest.mark.parametrize("metric", ["top1", "loss", "kl"])
 @pytest.mark.parametrize("clip", [0.0, 0.05])
 def test_fit_is_the_plain_loop_and_ends_with_its_best_epoch(tmp_path, clip, metric):
     accelerator, model = Accelerator(cpu=True), network()
     recipe = OptimizerArguments(**{**vars(RECIPE), "clip_grad": clip})
-    state = fit(model, cross_entropy, loaders(accelerator), recipe, accelerator, tmp_path, eval_metric=metric)
+    reference = network() if metric == "kl" else None
+    state = fit(
+        model,
+        cross_entropy,
+        loaders(accelerator),
+        recipe,
+        accelerator,
+        tmp_path,
+        eval_metric=metric,
+        reference=reference,
+    )
     expected = plain_loop(clip=clip)[4::5]
     best = best_epoch(expected, metric)
     assert (state.update, state.best_epoch) == (15, best + 1)
+    if metric == "kl":
+        # The farther the training gets, the farther it is from where it began.
+        assert best == 0
     same(model, expected[best])
     assert [row["epoch"] for row in state.history] == [1, 2, 3]
 
