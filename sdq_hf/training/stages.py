@@ -400,10 +400,8 @@ class Run:
         model.set_strategy(strategy)
         self._calibrate(model)
         teacher = self._kd_teacher(options) if options.kd else None
-        if teacher is None:
-            task_loss = _loss_of_labels(data, len(self.data.label_names))
-        else:
-            task_loss = self._distillation_loss(teacher)
+        labels_loss = _loss_of_labels(data, len(self.data.label_names))
+        task_loss = labels_loss if teacher is None else self._distillation_loss(teacher)
         # An epoch is judged by what the training aims at.
         metric = options.eval_metric or ("loss" if teacher is None else "kl")
         reference = (teacher or self.network) if metric == "kl" else None
