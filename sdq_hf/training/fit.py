@@ -124,10 +124,11 @@ def fit(
             if accelerator.is_main_process:
                 save_tensors((ema.module if ema is not None else model).state_dict(), best)
             accelerator.wait_for_everyone()
+        # First, because it takes the mean of the epoch's losses.
+        progress.finish(metrics)
         row = {"epoch": epoch, "train_loss": progress.mean_loss, **{f"validation_{k}": v for k, v in metrics.items()}}
         state.history.append(row)
         accelerator.log({f"{name}/{key}": value for key, value in row.items()}, step=state.update)
-        progress.finish(metrics)
         state.seconds = time.perf_counter() - started
         stop = interrupt.requested(accelerator)
         if stop or (epoch % save_every == 0 and state.update < updates):

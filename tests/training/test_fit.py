@@ -127,6 +127,13 @@ def test_fit_is_the_plain_loop_and_ends_with_its_best_epoch(tmp_path, clip, metr
         assert best == 0
     same(model, expected[best])
     assert [row["epoch"] for row in state.history] == [1, 2, 3]
+    # The first epoch's mean loss: of each batch before its update.
+    before, data, losses = network(), Rows(40), []
+    for step, weights in enumerate([before.state_dict(), *plain_loop(clip=clip)[:4]]):
+        before.load_state_dict(weights)
+        rows = slice(step * BATCH, (step + 1) * BATCH)
+        losses.append(F.cross_entropy(before(data.x[rows]), data.y[rows]).item())
+    assert state.history[0]["train_loss"] == pytest.approx(sum(losses) / 5, rel=1e-5)
 
 
 def test_a_part_of_an_epoch_is_trained_and_a_training_that_goes_on_from_there_is_whole(tmp_path):
