@@ -13,7 +13,9 @@ from typing import Any
 
 import datasets
 import torch
+from torch import nn
 
+from sdq_hf import SDQForImageClassification
 from sdq_hf.strategy import Strategy
 from sdq_hf.training.arguments import Arguments, parse_arguments
 from sdq_hf.training.interrupt import Interrupt
@@ -39,6 +41,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--search_batch_size", type=int, default=64)
     parser.add_argument("--max_search_batches", type=int, default=20_000)
     parser.add_argument("--max_train_samples", type=int)
+    parser.add_argument("--mixed_precision", choices=["no", "bf16"], help="of all training and evaluation")
     parser.add_argument("--runs", type=Path, default=Path("runs/study"), help="folder of networks and searches")
     parser.add_argument("--shard", default="0/1", metavar="I/N", help="which of N processes this is")
     parser.add_argument("--out", type=Path, required=True, help="JSON file of the results")
@@ -50,11 +53,16 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def work(
-    options: argparse.Namespace, cells: Iterable[Cell], fields: Sequence[str], measure: Callable[[Run, Cell], Cell]
+    options: argparse.Namespace,
+    cells: Iterable[Cell],
+    fields: Sequence[str],
+    measure: Callable[[Run, Cell], Cell],
+    change: Callable[[nn.Module, int], None] | None = None,
 ) -> None:
     """Measure the cells that are missing from the result file and that are this process's, in their order.
 
-    A cell is known by its `fields`; one of them is `seed`, that of the float network and all else of its run.
+    A cell is known by its `fields`; one of them is `seed`, that of the float network and all else of its run. `change`:
+    what is done to the float network of a seed before anything else.
     """
     datasets.disable_progress_bars()
     shard, shards = (int(part) for part in options.shard.split("/"))
@@ -64,14 +72,15 @@ def work(
         if number % shards != shard or any(all(done[f] == cell[f] for f in fields) for done in known):
             continue
         if run is None or run.arguments.run.seed != cell["seed"]:
-            run = open_run(options, cell["seed"])
+            run = open_run(options, cell["seed"], change)
         started = time.perf_counter()
         result = {**cell, **measure(run, cell), "seconds": round(time.perf_counter() - started, 1)}
         # Read anew: another process may have written meanwhile.
         content = read(options.out)
         content |= {
             "options": {
-                key: getattr(options, key) for key in ("model", "epochs", "lr", "search_batch_size", "teacher_epochs")
+                key: getattr(options, key)
+                for key in ("model", "epochs", "lr", "search_batch_size", "teacher_epochs", "mixed_precision")
             },
             "images": {name: len(split) for name, split in run.data.splits.items()},
             "versions": {name: version(name) for name in ("torch", "timm", "scipy")},
@@ -83,7 +92,7 @@ def work(
         print({key: result[key] for key in shown if key in result}, flush=True)
 
 
-def open_run(options: argparse.Namespace, seed: int) -> Run:
+def open_run(options: argparse.Namespace, seed: int, change: Callable[[nn.Module, int], None] | None = None) -> Run:
     """The run whose float network, data and searches the cells of one seed share; its network is trained when missing."""
     # Each process has a folder of its own, and one for each kind of activations, on which searches depend.
     own = {
@@ -95,6 +104,8 @@ def open_run(options: argparse.Namespace, seed: int) -> Run:
     }
     part = f"{options.out.stem}-a{options.activation_bits}-{options.shard.replace('/', 'of')}"
     run = Run(_arguments(options, seed, options.runs / f"{options.model}-{seed}-{part}", own), Interrupt())
+    if change is not None and not (run.folder / "teacher").exists():
+        change(run.network, seed)
     run.teacher()
     run.arguments.run.resume = True
     return run
@@ -119,6 +130,7 @@ def _arguments(options: argparse.Namespace, seed: int, folder: Path, more: Mappi
         "model": options.model,
         "img_size": options.img_size,
         "max_train_samples": options.max_train_samples,
+        "mixed_precision": options.mixed_precision,
         "seed": seed,
         "cpu": str(not torch.cuda.is_available()),
         "stage": "teacher",
@@ -130,19 +142,27 @@ def _arguments(options: argparse.Namespace, seed: int, folder: Path, more: Mappi
 
 
 def tuned(
-    run: Run, name: str, strategy: Strategy, about: Mapping[str, Any], epochs: float, **changes: Any
-) -> dict[str, Any]:
+    run: Run,
+    name: str,
+    strategy: Strategy,
+    about: Mapping[str, Any],
+    epochs: float,
+    look: Callable[[SDQForImageClassification], Cell] = lambda model: {},
+    **changes: Any,
+) -> Cell:
     """Fine-tune at the bits of `strategy`, and what the packed model gets on the test split.
 
-    about: method, cost, budget and seconds of the search. changes: options of the fine-tune.
+    about: method, cost, budget and seconds of the search. look: more to keep of the model before it was packed. changes:
+    options of the fine-tune.
     """
-    run.finetune_one(name, strategy, replace(run.arguments.finetune, epochs=epochs, **changes))
+    model = run.finetune_one(name, strategy, replace(run.arguments.finetune, epochs=epochs, **changes))
     row = row_of(run, {**about, "name": name, "strategy": strategy.to_json()})
     return {
         **{k: row[k] for k in ("top1", "top5", "loss", "kl", "validation", "average_bits", "bitops", "file_bytes")},
         "bits": [strategy[layer].weight_bits for layer in run.base.strategy.searchable],
         "finetune_epochs": epochs,
         "finetune_seconds": round(row["finetune_seconds"], 1),
+        **look(model),
     }
 
 

@@ -10,25 +10,40 @@ was. `--shard 0/2` and `--shard 1/2` share the cells between two processes.
 What a search that trains (SDQ, fracbits, edmips) has looked at is taken off its fine-tune: a quarter of an epoch of search
 leaves 3.75 epochs of 4. The measured rivals get all epochs, whatever their passes cost. The epoch that is kept is chosen on
 the validation split, held out of train; the test split is read once for each cell, and nothing is chosen by it.
+
+The methods "float" and "float_kd" are no searches: the float network itself, trained for as many epochs more as the others
+are fine-tuned, from labels or from its former self.
 """
 
 import argparse
+import copy
 import statistics
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
+import torch
+import torch.nn.functional as F
+from accelerate.utils import set_seed
 from study_common import TRAINED, Cell, add_options, mean_and_error, read, tuned, work
+from torch import Tensor, nn
 
 from sdq_hf.search import METHODS, BudgetError
+from sdq_hf.strategy import FLOAT_BITS
+from sdq_hf.training.evaluation import evaluate
+from sdq_hf.training.fit import fit
+from sdq_hf.training.losses import distillation
 from sdq_hf.training.stages import Run, bitops_of_uniform
 
 FIELDS = ("seed", "method", "cost", "target", "activation_bits")
+# Float networks that are trained on as long as the others, without and with distillation from where they were.
+FLOAT = ("float", "float_kd")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_options(parser)
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=[*METHODS, *FLOAT])
     parser.add_argument("--target_bits", type=float, nargs="*", default=[2.0])
     parser.add_argument("--target_bitops", type=float, nargs="*", default=[2.0, 3.0])
     options = parser.parse_args()
@@ -41,8 +56,11 @@ def cells(options: argparse.Namespace) -> Iterator[Cell]:
     """Seeds come last, so that a study that is cut off has the same seeds for all methods but the last."""
     budgets = [("bits", t) for t in options.target_bits] + [("bitops", t) for t in options.target_bitops]
     for seed in options.seeds:
+        for method in FLOAT:
+            if method in options.methods:
+                yield dict(zip(FIELDS, (seed, method, "float", float(FLOAT_BITS), FLOAT_BITS), strict=True))
         for cost, target in budgets:
-            for method in options.methods:
+            for method in [method for method in options.methods if method in METHODS]:
                 if method == "uniform" and (target % 1 or (cost == "bitops" and ("bits", target) in budgets)):
                     # Whole numbers only, and the same strategy in both costs.
                     continue
@@ -52,6 +70,8 @@ def cells(options: argparse.Namespace) -> Iterator[Cell]:
 def measure(options: argparse.Namespace, run: Run, cell: Mapping[str, Any]) -> Cell:
     """Search, fine-tune, and read the test split."""
     method, cost, target = cell["method"], cell["cost"], cell["target"]
+    if method in FLOAT:
+        return trained_on(options, run, method)
     budget = target if cost == "bits" else bitops_of_uniform(run.base.strategy, target)
     name = f"{method}-{cost}-{target:g}"
     try:
@@ -73,6 +93,27 @@ def measure(options: argparse.Namespace, run: Run, cell: Mapping[str, Any]) -> C
     }
 
 
+def trained_on(options: argparse.Namespace, run: Run, method: str) -> Cell:
+    """The float network, trained on for as many epochs as a fine-tune has, with the same optimizer and choice of epoch."""
+    network, distil = copy.deepcopy(run.network).requires_grad_(), method == "float_kd"
+
+    def loss(student: nn.Module, images: Tensor, labels: Tensor, progress: float) -> Tensor:
+        if not distil:
+            return F.cross_entropy(student(images), labels)
+        with torch.no_grad():
+            target = run.network(images)
+        return distillation(student(images), target)
+
+    set_seed(run.arguments.run.seed)
+    loaders, arguments = run.loaders(), replace(run.arguments.finetune, epochs=options.epochs)
+    judge = {"eval_metric": "kl" if distil else "loss", "reference": run.network}
+    fit(network, loss, loaders, arguments, run.accelerator, run.folder / method, name=method, **judge)
+    validation, test = (
+        evaluate(network, loaders[split], run.accelerator, reference=run.network) for split in ("validation", "test")
+    )
+    return {**test, "validation": validation, "average_bits": float(FLOAT_BITS), "finetune_epochs": options.epochs}
+
+
 def table(found: list[dict[str, Any]]) -> str:
     """Markdown: test KL and top-1 of each method at each budget, mean over seeds and standard error of the mean."""
     lines = ["| budget | search | test KL, nats | test top-1, % | average bits | seeds |", "|---|---|---|---|---|---|"]
@@ -82,12 +123,11 @@ def table(found: list[dict[str, Any]]) -> str:
             groups.setdefault((cell["activation_bits"], cell["cost"], cell["target"], cell["method"]), []).append(cell)
     ranked = sorted(groups.items(), key=lambda g: (*g[0][:3], statistics.fmean(c["kl"] for c in g[1])))
     for (activation_bits, cost, target, method), members in ranked:
-        unit = "average bits" if cost == "bits" else "bits' BitOPs"
+        unit = {"bits": "average bits", "bitops": "bits' BitOPs"}.get(cost)
+        budget = f"{target:g} {unit}, A{activation_bits}" if unit else "float"
         numbers = [mean_and_error([cell[key] for cell in members], digits) for key, digits in (("kl", 4), ("top1", 2))]
         bits = statistics.fmean(cell["average_bits"] for cell in members)
-        lines.append(
-            f"| {target:g} {unit}, A{activation_bits} | {method} | {' | '.join(numbers)} | {bits:.2f} | {len(members)} |"
-        )
+        lines.append(f"| {budget} | {method} | {' | '.join(numbers)} | {bits:.2f} | {len(members)} |")
     return "\n".join(lines)
 
 

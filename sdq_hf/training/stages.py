@@ -69,7 +69,7 @@ class Run:
         self.data = _load_data(arguments)
         self.model_args: dict[str, Any] = {"in_chans": self.data.channels}
         self.network = self._create_float_network()
-        self.base = self._quantize(self.network)
+        self.base = self.quantize(self.network)
         self._loaders: dict[int, dict[str, Any]] = {}
         self._check_plan()
         # Nothing is written, and nothing of an earlier run removed, before all that can be wrong has been looked at.
@@ -175,7 +175,8 @@ class Run:
         )
         return network.to(self.accelerator.device).to(memory_format=torch.channels_last)
 
-    def _quantize(self, network: nn.Module) -> SDQForImageClassification:
+    def quantize(self, network: nn.Module) -> SDQForImageClassification:
+        """The quantized model of a float network, as the options of the model say."""
         model = self.arguments.model
         quantized = SDQForImageClassification.from_float(
             network,
@@ -388,15 +389,20 @@ class Run:
                 raise self._missing("finetune")
             self.finetune_one(name, Strategy.from_json(entry["strategy"]))
 
-    def finetune_one(self, name: str, strategy: Strategy, options: FinetuneArguments | None = None) -> None:
-        """Train the network at the bits of `strategy` and leave a packed model; `options`: default those of the run."""
+    def finetune_one(
+        self, name: str, strategy: Strategy, options: FinetuneArguments | None = None
+    ) -> SDQForImageClassification:
+        """Train the network at the bits of `strategy` and leave a packed model; `options`: default those of the run.
+
+        Returns the model with its real weights, which a packed file has no more.
+        """
         from ..hub.plots import plot_weights
 
         record = self.folder / "finetune" / f"{name}.json"
         options = options or self.arguments.finetune
         data, loaders = self.arguments.data, self.loaders()
         set_seed(self.arguments.run.seed)
-        model = self._quantize(self.network)
+        model = self.quantize(self.network)
         model.set_strategy(strategy)
         self._calibrate(model)
         teacher = self._kd_teacher(options) if options.kd else None
@@ -453,6 +459,7 @@ class Run:
             )
             _remove(checkpoint_dir)
         self.accelerator.wait_for_everyone()
+        return model
 
     def close(self) -> None:
         """End the run: trackers finish, and processes part.

@@ -1,5 +1,6 @@
 """The studies: a small run of each, on the bundled sample, and what they compute beside the library."""
 
+import copy
 import json
 import math
 import sys
@@ -7,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
+import torch
 
 from sdq_hf import SDQForImageClassification
 
@@ -14,7 +17,9 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
 
 import study_ablations  # noqa: E402
+import study_bins  # noqa: E402
 import study_landscape  # noqa: E402
+import study_planted  # noqa: E402
 import study_search  # noqa: E402
 import study_signal  # noqa: E402
 import study_stability  # noqa: E402
@@ -59,6 +64,14 @@ def test_a_search_study_goes_on_where_it_stopped_and_takes_the_search_off_the_fi
     assert both[0] == cell
     assert [c["method"] for c in both] == ["two_sided", "greedy"]
     assert printed.count("| 5 average bits, A4 |") == 2
+
+
+def test_float_rows_of_a_search_study_are_the_float_network_trained_on(study, tmp_path):
+    options = "--epochs 2 --methods float float_kd --target_bits --target_bitops"
+    printed, (labels, distilled) = study(study_search, options, tmp_path / "float.json")
+    # Away from the network that it was, and less so where it learned from that network alone.
+    assert labels["kl"] > 2 * distilled["kl"] >= 0
+    assert "| float | float_kd |" in printed
 
 
 def test_the_study_of_signals_ranks_them_against_the_true_damage(study, tmp_path):
@@ -109,6 +122,54 @@ def test_ablations_change_what_they_say(study, runs, tmp_path):
     records = [json.loads((folder / f"ebr_dorefa-{value}.json").read_text()) for value in ("0", "1")]
     without, heavy = (record["history"][-1]["train_loss"] for record in records)
     assert heavy > without + 0.01
+
+
+def test_planting_changes_no_output_and_hides_the_small_channels(study, tmp_path):
+    torch.manual_seed(0)
+    network = timm.create_model("resnet8_cifar", num_classes=10).eval()
+    planted = copy.deepcopy(network)
+    study_planted.plant(planted, seed=3, factor=8.0)
+    images = torch.randn(4, 3, 12, 12)
+    torch.testing.assert_close(planted(images), network(images), atol=1e-3, rtol=1e-3)
+    names = study_planted.planted_layers(list(study_planted.pairs(network)), seed=3)
+    assert len(names) == len(study_planted.pairs(network)) // 2
+    for name, (conv, _) in study_planted.pairs(planted).items():
+        rows = (conv.weight / study_planted.pairs(network)[name][0].weight).flatten(1).mean(1)
+        large = (rows - 8).abs() < 1e-4
+        assert int(large.sum()) == (conv.out_channels // 8 if name in names else 0)
+    printed, cells = study(study_planted, "--methods greedy uniform --target_bitops 3", tmp_path / "planted.json")
+    assert [len(cell["planted"]) for cell in cells] == [4, 4]
+    assert cells[1]["auc"] == 0.5
+    assert set(cells[1]["bits"]) == {3}
+    assert "| greedy |" in printed
+
+
+def test_the_area_under_the_curve_counts_pairs():
+    assert study_planted.auc([3, 2], [1, 1]) == 1
+    assert study_planted.auc([1, 3], [2, 1]) == pytest.approx((0 + 0.5 + 1 + 1) / 4)
+
+
+def test_bins_are_described_as_a_plain_loop_finds_them(study, tmp_path):
+    picture = tmp_path / "bins.png"
+    printed, _ = study(study_bins, f"--quantizers dorefa --ebr 0 30 --picture {picture}", tmp_path / "study_bins.json")
+    assert picture.stat().st_size > 10_000
+    assert "| dorefa, 3 | 30 |" in printed
+    model = SDQForImageClassification.from_timm("resnet8_cifar", img_size=12)
+    model.set_strategy(2)
+    found = study_bins.bins_of(model)
+    for name in model.strategy.searchable:
+        layer = model.quantized_layers()[name]
+        scale, weights = layer.weight_quantizer.scale.item(), layer.weight.flatten().tolist()
+        levels = [-scale, -scale / 3, scale / 3, scale]
+        nearest = [min(range(4), key=lambda n: abs(w - levels[n])) for w in weights]
+        shares = [nearest.count(n) / len(weights) for n in range(4)]
+        entropy = -sum(p * math.log2(p) for p in shares if p) / 2
+        assert found["entropy"][name] == pytest.approx(entropy, abs=1e-3)
+        # Weights beyond the clip count as standing on it.
+        squares = [(min(max(w, -scale), scale) - levels[n]) ** 2 for w, n in zip(weights, nearest, strict=True)]
+        rms = math.sqrt(sum(squares) / len(squares)) / (2 * scale / 3)
+        assert found["distance"][name] == pytest.approx(rms, rel=1e-3)
+    assert set(found["histograms"]) <= set(found["entropy"])
 
 
 def test_reversed_bits_have_the_same_average_and_the_opposite_order():
