@@ -63,13 +63,14 @@ def _cells(options: argparse.Namespace) -> Iterator[Cell]:
 
 def pairs(network: nn.Module) -> dict[str, tuple[nn.Conv2d, nn.BatchNorm2d]]:
     """Convolutions that a batch norm follows, but for the first, with it."""
-    found, last = {}, ("", None)
+    found: dict[str, tuple[nn.Conv2d, nn.BatchNorm2d]] = {}
+    last: tuple[str, nn.Conv2d] | None = None
     for name, module in network.named_modules():
         if isinstance(module, nn.Conv2d):
             last = (name, module)
-        elif isinstance(module, nn.BatchNorm2d) and last[1] is not None:
+        elif isinstance(module, nn.BatchNorm2d) and last is not None:
             found[last[0]] = (last[1], module)
-            last = ("", None)
+            last = None
     return dict(list(found.items())[1:])
 
 
@@ -87,6 +88,8 @@ def plant(network: nn.Module, seed: int, factor: float) -> None:
     for name in planted_layers(list(found), seed):
         conv, norm = found[name]
         channels = torch.randperm(conv.out_channels, generator=generator)[: max(1, conv.out_channels // 8)]
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
         conv.weight[channels] *= factor
         norm.running_mean[channels] *= factor
         # Its epsilon is not enlarged; what that changes is far below what quantization does.

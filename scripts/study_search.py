@@ -106,8 +106,17 @@ def trained_on(options: argparse.Namespace, run: Run, method: str) -> Cell:
 
     set_seed(run.arguments.run.seed)
     loaders, arguments = run.loaders(), replace(run.arguments.finetune, epochs=options.epochs)
-    judge = {"eval_metric": "kl" if distil else "loss", "reference": run.network}
-    fit(network, loss, loaders, arguments, run.accelerator, run.folder / method, name=method, **judge)
+    fit(
+        network,
+        loss,
+        loaders,
+        arguments,
+        run.accelerator,
+        run.folder / method,
+        name=method,
+        eval_metric="kl" if distil else "loss",
+        reference=run.network,
+    )
     validation, test = (
         evaluate(network, loaders[split], run.accelerator, reference=run.network) for split in ("validation", "test")
     )
