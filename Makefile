@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check style test-lowest bench
+.PHONY: help demo test check style test-lowest bench peers
 
 help:  ## List the targets.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -48,3 +48,16 @@ test-lowest: .venv-lowest/installed  ## Run the tests with the oldest supported 
 
 bench: .venv-bench/installed  ## Measure step times and memory beside Brevitas, about 15 minutes.
 	.venv-bench/bin/python scripts/bench.py --threads 1 --rounds 7 --out docs/benchmarks/steps.json
+
+# Older or newer versions of the peers may take other arguments.
+.venv-peers/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv --clear .venv-peers
+	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check uv
+	.venv-peers/bin/uv pip install --quiet --python .venv-peers/bin/python --constraint constraints.txt --editable '.'
+	.venv-peers/bin/uv pip install --quiet --python .venv-peers/bin/python requests \
+		brevitas==0.13.4 model-compression-toolkit==2.6.1 nvidia-modelopt==0.47.0
+	touch $@
+
+DATASET ?= fashion_mnist
+peers: .venv-peers/installed  ## Train the same network with other tools too, about 30 minutes: make peers DATASET=...
+	.venv-peers/bin/python scripts/study_peers.py --dataset $(DATASET) --seeds 0 --out docs/results/peers-mobilenetv1_025_cifar.json

@@ -18,6 +18,8 @@ from torch import nn
 from sdq_hf import SDQForImageClassification
 from sdq_hf.strategy import Strategy
 from sdq_hf.training.arguments import Arguments, parse_arguments
+from sdq_hf.training.evaluation import evaluate
+from sdq_hf.training.fit import recalibrate
 from sdq_hf.training.interrupt import Interrupt
 from sdq_hf.training.report import row_of
 from sdq_hf.training.stages import Run
@@ -164,6 +166,15 @@ def tuned(
         "finetune_seconds": round(row["finetune_seconds"], 1),
         **look(model),
     }
+
+
+def as_found(run: Run, strategy: Strategy) -> dict[str, float]:
+    """Metrics of a strategy on the validation split without any training, batch norm recalibrated."""
+    model, loaders = run.quantize(run.network), run.loaders()
+    model.set_strategy(strategy)
+    model.calibrate(loaders["calibration"])
+    recalibrate(model, loaders, run.accelerator, run.arguments.finetune.bn_batches, run.network)
+    return evaluate(model, loaders["validation"], run.accelerator, reference=run.network)
 
 
 def mean_and_error(values: Sequence[float], digits: int) -> str:

@@ -21,15 +21,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from study_common import Cell, add_options, mean_and_error, read, tuned, work
+from study_common import Cell, add_options, as_found, mean_and_error, read, tuned, work
 from torch import nn
 
-from sdq_hf import SDQForImageClassification
 from sdq_hf.search import METHODS, BudgetError
 from sdq_hf.search.stochastic_weights import searching
 from sdq_hf.search.task import divergence
-from sdq_hf.training.evaluation import evaluate, logits_of
-from sdq_hf.training.fit import recalibrate
+from sdq_hf.training.evaluation import logits_of
 from sdq_hf.training.stages import Run, bitops_of_uniform
 
 FIELDS = ("seed", "method", "target", "activation_bits")
@@ -121,9 +119,7 @@ def measure(options: argparse.Namespace, run: Run, cell: Mapping[str, Any]) -> C
         (strategy,), seconds, _ = run.search_one(method, [budget], "bitops", method)
     except BudgetError as error:
         return {"error": str(error)}
-    model = run.quantize(run.network)
-    model.set_strategy(strategy)
-    found = as_found(run, model)
+    found = as_found(run, strategy)
     about = {"method": method, "cost": "bitops", "budget": budget, "seconds": seconds}
     result = tuned(run, method, strategy, about, options.epochs)
     bits = {name: strategy[name].weight_bits for name in names}
@@ -139,14 +135,6 @@ def measure(options: argparse.Namespace, run: Run, cell: Mapping[str, Any]) -> C
         "found": found,
         "search_seconds": round(seconds, 1),
     }
-
-
-def as_found(run: Run, model: SDQForImageClassification) -> Mapping[str, float]:
-    """Validation metrics of a strategy without any training."""
-    loaders = run.loaders()
-    model.calibrate(loaders["calibration"])
-    recalibrate(model, loaders, run.accelerator, run.arguments.finetune.bn_batches, run.network)
-    return evaluate(model, loaders["validation"], run.accelerator, reference=run.network)
 
 
 def auc(positives: list[int], negatives: list[int]) -> float:

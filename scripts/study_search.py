@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate.utils import set_seed
-from study_common import TRAINED, Cell, add_options, mean_and_error, read, tuned, work
+from study_common import TRAINED, Cell, add_options, as_found, mean_and_error, read, tuned, work
 from torch import Tensor, nn
 
 from sdq_hf.search import METHODS, BudgetError
@@ -86,6 +86,7 @@ def measure(options: argparse.Namespace, run: Run, cell: Mapping[str, Any]) -> C
     about = {"method": method, "cost": cost, "budget": budget, "seconds": seconds}
     return {
         **tuned(run, name, strategy, about, epochs),
+        "found": as_found(run, strategy),
         "search_batches": log.batches,
         "search_forward_images": log.forward_images,
         "search_backward_images": log.backward_images,
@@ -124,8 +125,14 @@ def trained_on(options: argparse.Namespace, run: Run, method: str) -> Cell:
 
 
 def table(found: list[dict[str, Any]]) -> str:
-    """Markdown: test KL and top-1 of each method at each budget, mean over seeds and standard error of the mean."""
-    lines = ["| budget | search | test KL, nats | test top-1, % | average bits | seeds |", "|---|---|---|---|---|---|"]
+    """Markdown: test KL and top-1 of each method at each budget, mean over seeds and standard error of the mean.
+
+    Also the validation KL of the strategy as it was found, before the fine-tune.
+    """
+    lines = [
+        "| budget | search | test KL, nats | test top-1, % | validation KL before training | average bits | seeds |",
+        "|" + "---|" * 7,
+    ]
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for cell in found:
         if "error" not in cell:
@@ -135,6 +142,8 @@ def table(found: list[dict[str, Any]]) -> str:
         unit = {"bits": "average bits", "bitops": "bits' BitOPs"}.get(cost)
         budget = f"{target:g} {unit}, A{activation_bits}" if unit else "float"
         numbers = [mean_and_error([cell[key] for cell in members], digits) for key, digits in (("kl", 4), ("top1", 2))]
+        before = [cell["found"]["kl"] for cell in members if "found" in cell]
+        numbers.append(mean_and_error(before, 3) if len(before) == len(members) else "")
         bits = statistics.fmean(cell["average_bits"] for cell in members)
         lines.append(f"| {budget} | {method} | {' | '.join(numbers)} | {bits:.2f} | {len(members)} |")
     return "\n".join(lines)

@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import study_ablations  # noqa: E402
 import study_bins  # noqa: E402
 import study_landscape  # noqa: E402
+import study_peers  # noqa: E402
 import study_planted  # noqa: E402
 import study_search  # noqa: E402
 import study_signal  # noqa: E402
@@ -142,6 +143,23 @@ def test_planting_changes_no_output_and_hides_the_small_channels(study, tmp_path
     assert cells[1]["auc"] == 0.5
     assert set(cells[1]["bits"]) == {3}
     assert "| greedy |" in printed
+
+
+def test_the_study_of_peers_measures_sdq_where_no_peer_is_installed(study, tmp_path):
+    options = "--peers sdq --target_bits 5 --search_batch_size 4 --epochs 8"
+    printed, (cell,) = study(study_peers, options, tmp_path / "peers.json")
+    sizes = {
+        name: layer.num_weights
+        for name, layer in SDQForImageClassification.from_timm(
+            "resnet8_cifar", img_size=12, num_labels=10
+        ).strategy.items()
+    }
+    inner = list(zip(sizes.values(), cell["bits"], strict=True))[1:-1]
+    assert cell["average_bits"] == pytest.approx(sum(n * b for n, b in inner) / sum(n for n, _ in inner))
+    assert 4.9 <= cell["average_bits"] <= 5
+    assert cell["file_bytes"] > cell["weight_bytes"]
+    assert 0 < cell["epochs"] < 8
+    assert "| sdq |" in printed
 
 
 def test_the_area_under_the_curve_counts_pairs():

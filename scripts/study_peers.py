@@ -1,0 +1,316 @@
+"""SDQ beside other quantization tools: the same float network, data, epochs, distillation and size of the weights.
+
+    make peers
+
+Weights have `--target_bits` average bits over the searchable layers (first and last layer at 8), activations have 8 bits,
+which all tools offer. SDQ finds its bits by its search. Sony's Model Compression Toolkit (MCT) and NVIDIA's Model Optimizer
+choose among 2, 4 and 8 bits with the size that SDQ has, all layers included; Brevitas has no search and gets uniform bits.
+Then each tool's model is trained by the same loop for `--epochs`, SDQ's for those less what its search looked at; the epoch
+that is nearest to the float network on the validation split is kept.
+
+Each row is a process of its own. Time is CPU time from the float network to the trained model. Memory is the peak of the
+process above what it had before. The file is what the tool itself saves; the lines are those of the function below that a
+user would write, without the training loop.
+"""
+
+import argparse
+import copy
+import inspect
+import json
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from study_common import Cell, add_options, mean_and_error, open_run, read, train_float
+from torch import Tensor, nn
+
+from sdq_hf import SDQForImageClassification
+from sdq_hf.packed_files import weight_file_bytes
+from sdq_hf.search import search
+from sdq_hf.strategy import Strategy
+from sdq_hf.training.evaluation import evaluate, logits_of
+from sdq_hf.training.fit import fit
+from sdq_hf.training.losses import distillation
+from sdq_hf.training.stages import Run
+from sdq_hf.writing import write_json
+
+Images = Iterable[Tensor]
+
+
+# What a user of each tool writes: the float network in, a model to train out; and what he saves it with.
+
+
+def sdq(network: SDQForImageClassification, bits: float, images: Images) -> SDQForImageClassification:
+    (strategy,) = search(network, [{"pixel_values": batch} for batch in images], [bits])
+    network.set_strategy(strategy)
+    network.calibrate([{"pixel_values": batch} for batch in images])
+    return network
+
+
+def brevitas(network: nn.Module, bits: int, images: Images) -> nn.Module:
+    import brevitas.nn as qnn
+    from brevitas.graph.calibrate import calibration_mode
+    from brevitas.graph.quantize import layerwise_quantize
+    from brevitas.quant import Int8ActPerTensorFloat, Int8WeightPerTensorFloat
+
+    def layers(weight_bits: int) -> dict[type[nn.Module], Any]:
+        options = {
+            "weight_quant": Int8WeightPerTensorFloat,
+            "weight_bit_width": weight_bits,
+            "input_quant": Int8ActPerTensorFloat,
+            "return_quant_tensor": False,
+        }
+        return {nn.Conv2d: (qnn.QuantConv2d, options), nn.Linear: (qnn.QuantLinear, options)}
+
+    names = [name for name, module in network.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    network = layerwise_quantize(network, layers(bits), name_blacklist=[names[0], names[-1]])
+    network = layerwise_quantize(network, layers(8), name_blacklist=names[1:-1])
+    with torch.no_grad(), calibration_mode(network):
+        for batch in images:
+            network(batch)
+    return network
+
+
+def mct(network: nn.Module, weight_bytes: float, images: Images) -> nn.Module:
+    import model_compression_toolkit as toolkit
+
+    model, _ = toolkit.qat.pytorch_quantization_aware_training_init_experimental(
+        network,
+        lambda: ([batch.numpy()] for batch in images),
+        target_resource_utilization=toolkit.core.ResourceUtilization(weights_memory=weight_bytes),
+        core_config=toolkit.core.CoreConfig(
+            mixed_precision_config=toolkit.core.MixedPrecisionQuantizationConfig(num_of_images=32)
+        ),
+    )
+    return model
+
+
+def modelopt(network: nn.Module, average_bits: float, images: Images) -> nn.Module:
+    import modelopt.torch.quantization as mtq
+
+    def form(bits: int) -> dict[str, Any]:
+        config = copy.deepcopy(mtq.INT8_DEFAULT_CFG)
+        config["quant_cfg"].append({"quantizer_name": "*weight_quantizer", "cfg": {"num_bits": bits, "axis": 0}})
+        return config
+
+    target = copy.deepcopy(network)
+    model, _ = mtq.auto_quantize(
+        network,
+        constraints={"effective_bits": average_bits},
+        quantization_formats=[form(bits) for bits in (2, 4, 8)],
+        data_loader=list(images),
+        forward_step=lambda model, batch: model(batch),
+        loss_func=lambda output, batch: distillation(output, target(batch)),
+    )
+    return model
+
+
+PEERS: dict[str, Callable[..., nn.Module]] = {"sdq": sdq, "brevitas": brevitas, "mct": mct, "modelopt": modelopt}
+PACKAGES = {"brevitas": "brevitas", "mct": "model-compression-toolkit", "modelopt": "nvidia-modelopt"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_options(parser)
+    parser.add_argument("--target_bits", type=int, default=3)
+    parser.add_argument("--peers", nargs="+", default=list(PEERS), choices=list(PEERS))
+    parser.add_argument("--images", type=int, default=512, help="for calibration and the peers' sensitivities")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.set_defaults(activation_bits=8, epochs=2)
+    options = parser.parse_args()
+    if options.one:
+        print("RESULT", json.dumps(one(options, options.one)))
+        return
+    for seed in [] if options.table else options.seeds:
+        # Here, so that its memory is in no row.
+        train_float(options, seed, options.teacher_epochs)
+        # SDQ comes first: its size is the budget of the others.
+        for peer in ("sdq", *(peer for peer in options.peers if peer != "sdq")):
+            content = read(options.out)
+            if any((cell["seed"], cell["peer"]) == (seed, peer) for cell in content["cells"]):
+                continue
+            child = [sys.executable, __file__, *sys.argv[1:], "--seeds", str(seed), "--one", peer]
+            done = subprocess.run(child, capture_output=True, text=True)
+            found = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+            result = json.loads(found[0].removeprefix("RESULT ")) if found else {"error": done.stderr.strip()[-500:]}
+            content["cells"].append({"seed": seed, "peer": peer, "target_bits": options.target_bits, **result})
+            content |= {
+                "options": {
+                    key: getattr(options, key) for key in ("model", "epochs", "lr", "teacher_epochs", "images")
+                },
+                "versions": {
+                    name: version(name)
+                    for name in ("torch", "timm", *(PACKAGES[p] for p in options.peers if p in PACKAGES))
+                },
+                "hardware": f"{platform.machine()}, {torch.get_num_threads()} threads",
+            }
+            write_json(options.out, content)
+            print(content["cells"][-1], flush=True)
+    print(table(read(options.out)["cells"]))
+
+
+def one(options: argparse.Namespace, peer: str) -> Cell:
+    """Quantize and train with one tool."""
+    (seed,) = options.seeds
+    run = open_run(options, seed)
+    batches = run.loaders(64)["train"]
+    images = [
+        batch["pixel_values"].contiguous() for _, batch in zip(range(options.images // 64), batches, strict=False)
+    ]
+    known = [cell for cell in read(options.out)["cells"] if cell["seed"] == seed and cell["peer"] == "sdq"]
+    epochs, before, started = options.epochs, _peak(), time.process_time()
+    model: nn.Module
+    if peer == "sdq":
+        model, epochs = searched(run, options)
+    elif peer == "brevitas":
+        model = brevitas(copy.deepcopy(run.network), options.target_bits, images)
+    elif peer == "mct":
+        model = mct(
+            copy.deepcopy(run.network).to(memory_format=torch.contiguous_format), known[0]["weight_bytes"], images
+        )
+    else:
+        model = modelopt(copy.deepcopy(run.network), known[0]["average_bits_of_all"], images)
+    prepared = time.process_time() - started
+    bits = bits_of(model)
+    sizes = {name: m.weight.numel() for name, m in run.network.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+    # MCT's names are those of its graph.
+    bits = {name: bits.get(name, bits.get(name.replace(".", "_"), 32)) for name in sizes}
+    train(run, model, epochs, peer)
+    seconds, peak = time.process_time() - started, _peak()
+    if peer == "mct":
+        import model_compression_toolkit as toolkit
+
+        model = toolkit.qat.pytorch_quantization_aware_training_finalize_experimental(model)
+    validation, test = (
+        evaluate(model, run.loaders()[split], run.accelerator, reference=run.network)
+        for split in ("validation", "test")
+    )
+    names = list(sizes)
+    inner = names[1:-1]
+
+    def average(of: list[str]) -> float:
+        return sum(sizes[name] * bits[name] for name in of) / sum(sizes[name] for name in of)
+
+    return {
+        **test,
+        "validation": validation,
+        "bits": [bits[name] for name in names],
+        "average_bits": average(inner),
+        "average_bits_of_all": average(names),
+        "weight_bytes": sum(sizes[name] * bits[name] for name in names) / 8,
+        "seconds": round(seconds, 1),
+        "seconds_before_training": round(prepared, 1),
+        "memory_mb": round((peak - before) / 1e6),
+        "file_bytes": saved_bytes(model, peer),
+        "lines": len([line for line in inspect.getsource(PEERS[peer]).splitlines()[1:] if line.strip()]),
+        "epochs": epochs,
+    }
+
+
+def searched(run: Run, options: argparse.Namespace) -> tuple[SDQForImageClassification, float]:
+    """As `sdq` above, with the loaders and the log of the run; what the search looked at is taken off the epochs."""
+    (strategy,), _, log = run.search_one("sdq", [float(options.target_bits)], "bits", "two_sided")
+    model = run.quantize(run.network)
+    model.set_strategy(strategy)
+    model.calibrate(run.loaders()["calibration"])
+    return model, round(options.epochs - log.backward_images / len(run.data.splits["train"]), 2)
+
+
+def train(run: Run, model: nn.Module, epochs: float, name: str) -> None:
+    """The training loop of all rows: distillation from the float network."""
+
+    def loss(student: nn.Module, images: Tensor, labels: Tensor, progress: float) -> Tensor:
+        with torch.no_grad():
+            target = run.network(images)
+        return distillation(logits_of(student(images)), target)
+
+    options = replace(run.arguments.finetune, epochs=epochs)
+    with tempfile.TemporaryDirectory() as folder:
+        fit(
+            model,
+            loss,
+            run.loaders(),
+            options,
+            run.accelerator,
+            Path(folder),
+            name=name,
+            eval_metric="kl",
+            reference=run.network,
+        )
+
+
+def bits_of(model: nn.Module) -> dict[str, int]:
+    """Layer -> bits of its weights, as the tool's own quantizers say."""
+    if isinstance(model, SDQForImageClassification):
+        strategy: Strategy = model.strategy
+        return {name: strategy[name].weight_bits for name in strategy}
+    found = {}
+    for name, module in model.named_modules():
+        quantizer = getattr(module, "weight_quantizer", None)
+        if hasattr(module, "weight_quant"):
+            found[name] = int(module.weight_quant.bit_width().item())
+        elif hasattr(module, "weights_quantizers"):
+            found[name.removesuffix("_bn")] = next(
+                iter(module.weights_quantizers.values())
+            ).quantization_config.weights_n_bits
+        elif quantizer is not None and hasattr(quantizer, "num_bits"):
+            found[name] = quantizer.num_bits
+    return found
+
+
+def saved_bytes(model: nn.Module, peer: str) -> int:
+    """Bytes of the file that the tool itself saves."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model"
+        if isinstance(model, SDQForImageClassification):
+            model.eval().save_pretrained(path, print_size=False)
+            return weight_file_bytes(path)
+        if peer == "modelopt":
+            import modelopt.torch.opt as mto
+
+            mto.save(model, path)
+        else:
+            torch.save(model.state_dict(), path)
+        return path.stat().st_size
+
+
+def _peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def table(cells: list[Cell]) -> str:
+    """Markdown: a row for each tool, mean over float networks and standard error."""
+    lines = [
+        "| tool | average bits | test KL, nats | test top-1, % | CPU s, before training | MB | file, kB | lines | seeds |",
+        "|" + "---|" * 9,
+    ]
+    groups: dict[str, list[Cell]] = {}
+    for cell in cells:
+        if "error" not in cell:
+            groups.setdefault(cell["peer"], []).append(cell)
+    for peer, members in groups.items():
+        columns = [
+            mean_and_error([c[key] for c in members], d) for key, d in (("average_bits", 2), ("kl", 4), ("top1", 2))
+        ]
+        means = {
+            key: sum(c[key] for c in members) / len(members)
+            for key in ("seconds", "seconds_before_training", "memory_mb", "file_bytes", "lines")
+        }
+        lines.append(
+            f"| {peer} | {' | '.join(columns)} | {means['seconds']:.0f}, {means['seconds_before_training']:.0f} | "
+            f"{means['memory_mb']:.0f} | {means['file_bytes'] / 1e3:.0f} | {means['lines']:.0f} | {len(members)} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
