@@ -102,6 +102,8 @@ class TwoSided:
             is one that is too low; with this a layer that is not measured well enough waits (our choice).
         keep: how fast draws are forgotten as other layers step down: the weight of a draw against that of the next.
         simpson_from: steps down from at most so many bits are measured at three places; 0: none.
+        growth: of the damage from one step to the next, for a layer that is not measured yet; the squared error of rounding
+            grows fourfold with each bit. 0: all others wait for a layer that has just stepped.
     """
 
     def __init__(
@@ -113,10 +115,13 @@ class TwoSided:
         caution: float = 2.0,
         keep: float = 0.99,
         simpson_from: int = 2,
+        growth: float = 4.0,
     ):
         self.descent, self.seed, self.caution, self.keep = descent, seed, caution, keep
-        self.min_draws, self.max_draws, self.simpson_from = min_draws, max_draws, simpson_from
+        self.min_draws, self.max_draws, self.simpson_from, self.growth = min_draws, max_draws, simpson_from, growth
         self.sides = {name: self._fresh(name) for name in descent.names}
+        # Of each layer's last step, at the time: its damage and `caution` errors.
+        self.last = dict.fromkeys(descent.names, 0.0)
 
     def _fresh(self, name: str) -> _Sides:
         return _Sides(_SIMPSON if self.descent.bits[name] <= self.simpson_from else _TRAPEZOID, self.keep)
@@ -138,24 +143,29 @@ class TwoSided:
         """The layer with the least damage (estimate and its error) per saved cost, once it is ready; None while it is not.
 
         Waiting matters: sensitive layers are measured quickly and harmless ones slowly, so taking the best of those
-        that are ready would step down the sensitive ones first. A layer with too few draws counts with the damage of
-        its step before, which is smaller as a rule. Among layers without damage the one that saves most comes first.
+        that are ready would step down the sensitive ones first. A layer with too few draws since its last step counts
+        with `growth` times the damage of that step, so that the others need not wait for it. Among layers without damage
+        the one that saves most comes first.
         """
 
         def price(name: str) -> tuple[float, float]:
-            saved, sides = self.descent.saved(name), self.sides[name]
-            if min(sides.draws) >= self.min_draws:
-                damage = sides.damage + self.caution * sides.error
-            else:
-                damage = self.descent.damage[name].get(self.descent.bits[name], 0.0)
-            return max(damage, 0.0) / saved, -saved
+            saved = self.descent.saved(name)
+            return self._cautious(name) / saved, -saved
 
         best = min(self.descent.movable, key=price)
         if not self._ready(self.sides[best]):
             return None
         return Move(best, self.sides[best].damage, self.sides[best].error)
 
+    def _cautious(self, name: str) -> float:
+        """The damage that a layer is compared by."""
+        sides = self.sides[name]
+        if min(sides.draws) < self.min_draws:
+            return self.growth * self.last[name]
+        return max(sides.damage + self.caution * sides.error, 0.0)
+
     def reset(self, name: str) -> None:
+        self.last[name] = self._cautious(name)
         self.sides[name] = self._fresh(name)
 
     def estimates(self) -> dict[str, tuple[float, float]]:
@@ -163,10 +173,12 @@ class TwoSided:
         return {name: (sides.damage, sides.error) for name, sides in self.sides.items() if min(sides.draws) >= 2}
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: [dict(vars(mean)) for mean in sides.means.values()] for name, sides in self.sides.items()}
+        means = {name: [dict(vars(mean)) for mean in sides.means.values()] for name, sides in self.sides.items()}
+        return {"means": means, "last": self.last}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        for name, means in state.items():
+        self.last = dict(state["last"])
+        for name, means in state["means"].items():
             # After `descent` has its bits again, on which the places depend.
             sides = self.sides[name] = self._fresh(name)
             sides.means = {share: RunningMean(**mean) for share, mean in zip(sides.rule, means, strict=True)}

@@ -1,4 +1,5 @@
 import copy
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -116,6 +117,25 @@ def test_from_two_bits_the_estimate_is_exact_for_a_loss_of_fourth_order():
     assert [shares.count(share) / len(shares) for share in (1.0, 0.5, 0.0)] == pytest.approx(
         [0.25, 0.5, 0.25], abs=0.02
     )
+
+
+@pytest.mark.parametrize(("other", "growth", "expected"), [(0.39, 4.0, "l1"), (0.41, 4.0, None), (0.39, 0.0, None)])
+def test_a_layer_that_has_just_stepped_holds_the_others_up_only_while_it_may_be_the_best_again(other, growth, expected):
+    """Damage 0.1, so four times that is expected next; all layers save the same."""
+    way = descent([2.0], sizes=(100, 100, 100))
+    update, damages = TwoSided(way, seed=0, growth=growth), {"l0": 0.1, "l1": other, "l2": 0.9}
+    for step in range(40):
+        drawn = update.draw(step)
+        update.observe({name: -damage for name, damage in damages.items()}, drawn)
+    move = update.next_move()
+    assert move.layer == "l0"
+    way.step_down("l0", move.damage)
+    update.reset("l0")
+    # The same after a resume.
+    resumed = TwoSided(way, seed=0, growth=growth)
+    resumed.load_state_dict(json.loads(json.dumps(update.state_dict())))
+    for one in (update, resumed):
+        assert getattr(one.next_move(), "layer", None) == expected
 
 
 @pytest.fixture(scope="module")
