@@ -250,7 +250,7 @@ def draw_surfaces(cell: Cell, path: Path) -> None:
         axis.plot(middle, middle, "w+")
         axis.set_xticks([0, middle, 2 * middle], ["-r", "0", "r"])
         axis.set_yticks([0, middle, 2 * middle], ["-r", "0", "r"])
-    figure.colorbar(image, ax=axes, label="KL divergence from the float network, nats")
+    figure.colorbar(image, ax=axes, label="KL divergence from the float network, nats", format="%.1f")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -18,9 +18,13 @@ ROOT = Path(__file__).parents[1]
 # As when a script is run: its folder is where its neighbours are imported from.
 sys.path.insert(0, str(Path(__file__).parent))
 
+import bench_searches  # noqa: E402
 import compare_runs  # noqa: E402
 import study_ablations  # noqa: E402
+import study_bins  # noqa: E402
 import study_landscape  # noqa: E402
+import study_peers  # noqa: E402
+import study_planted  # noqa: E402
 import study_quantizers  # noqa: E402
 import study_search  # noqa: E402
 import study_signal  # noqa: E402
@@ -32,7 +36,11 @@ from sdq_hf.writing import write_text  # noqa: E402
 TABLES: dict[str, Callable[[list[Any]], str]] = {
     "demo": lambda files: compare_runs.compare([results["rows"] for results in files]),
     "quantizers": lambda files: study_quantizers.table(files[0]["cells"]),
+    "costs": lambda files: bench_searches.table(files[0]["cells"]),
     "ablations": lambda files: study_ablations.table(files[0]["cells"]),
+    "bins": lambda files: study_bins.table(files[0]["cells"]),
+    "peers": lambda files: study_peers.table(files[0]["cells"]),
+    "planted": lambda files: study_planted.table(files[0]["cells"]),
     "landscape": lambda files: study_landscape.table(files[0]["cells"]),
     "stability": lambda files: study_stability.table(files[0]["cells"]),
     "signal": lambda files: study_signal.table(files[0]["cells"]),

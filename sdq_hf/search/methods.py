@@ -109,15 +109,20 @@ def search(
 
 
 def check_options(method: str, options: Mapping[str, Any]) -> None:
-    """`ValueError` for an unknown method, `TypeError` for an option that it does not have, with the choices."""
+    """`ValueError` for an unknown method, `TypeError` for an option that it does not have or a value of another type."""
     if method not in METHODS:
         near = get_close_matches(method, METHODS, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"Unknown search method {method!r}: expected one of {', '.join(METHODS)}.{hint}")
     parameters = signature(_OPTIONS_OF.get(method, METHODS[method])).parameters.values()
-    known = [parameter.name for parameter in parameters if parameter.default is not parameter.empty]
-    for option in options:
-        if option not in known:
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    for option, value in options.items():
+        if option not in defaults:
             raise TypeError(
-                f"The method {method!r} has no option {option!r}; its options are: {', '.join(known) or 'none'}."
+                f"The method {method!r} has no option {option!r}; its options are: {', '.join(defaults) or 'none'}."
             )
+        default = defaults[option]
+        allowed = int | float if isinstance(default, float) else type(default)
+        if not isinstance(value, allowed) or isinstance(value, bool):
+            kind = {float: "a number", int: "a whole number"}.get(type(default), "text")
+            raise TypeError(f"The method {method!r}: {option} must be {kind}, such as {default!r}, got {value!r}.")

@@ -3,6 +3,7 @@
 import argparse
 import shlex
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -325,12 +326,16 @@ def _check_methods(search: SearchArguments) -> None:
 
 def values_by_name(entries: Sequence[str]) -> dict[str, Any]:
     """`["caution=0.5"]` -> `{"caution": 0.5}`, values as YAML reads them; `ArgumentError` for anything else."""
-    result = {}
+    result: dict[str, Any] = {}
     for entry in entries:
         name, sign, value = entry.partition("=")
         if not name or not sign or not value:
             raise ArgumentError(f"--search_options takes NAME=VALUE, e.g. caution=0.5, got {entry!r}")
         result[name] = yaml.safe_load(value)
+        # YAML 1.1 reads 1e-3 as text.
+        if isinstance(result[name], str):
+            with suppress(ValueError):
+                result[name] = float(value)
     return result
 
 

@@ -378,6 +378,8 @@ def test_a_wrong_token_is_told_before_the_run(data, hub, tmp_path, capsys, monke
         ({"controls": "uniform greed"}, "did you mean greedy"),
         ({"search": "table", "search_options": "lr=1"}, "'table' has no option 'lr'; its options are: images"),
         ({"search_options": "caution"}, "takes NAME=VALUE"),
+        ({"search_options": "caution=high"}, "'two_sided': caution must be a number, such as 2.0, got 'high'"),
+        ({"search_options": "min_draws=2.5"}, "min_draws must be a whole number, such as 3, got 2.5"),
         ({"target_bits": 9}, "between 1 and 8"),
         ({"target_bits": 0.5}, "between 1 and 8"),
         ({"target_bitops": 11}, "out of reach"),
