@@ -1,6 +1,6 @@
 """Study F: where weights stand in their bins, and how evenly bins are filled, with and without bin regularization (EBR).
 
-    python scripts/study_bins.py --dataset ../shared/data/fashion-mnist --epochs 2 \
+    python scripts/study_bins.py --dataset ../shared/data/fashion-mnist --epochs 1 --seeds 0 \
         --out docs/results/bins-mobilenetv1_025_cifar.json --picture docs/images/bins.png
 
 Fine-tunes at uniform bits, with the learned quantizer (`lsq`) and with the paper's (`dorefa`), each without EBR and with it.

@@ -37,7 +37,7 @@ from sdq_hf import SDQForImageClassification
 from sdq_hf.packed_files import weight_file_bytes
 from sdq_hf.search import search
 from sdq_hf.strategy import Strategy
-from sdq_hf.training.evaluation import evaluate, logits_of
+from sdq_hf.training.evaluation import evaluate
 from sdq_hf.training.fit import fit
 from sdq_hf.training.losses import distillation
 from sdq_hf.training.stages import Run
@@ -227,17 +227,11 @@ def searched(run: Run, options: argparse.Namespace) -> tuple[SDQForImageClassifi
 
 def train(run: Run, model: nn.Module, epochs: float, name: str) -> None:
     """The training loop of all rows: distillation from the float network."""
-
-    def loss(student: nn.Module, images: Tensor, labels: Tensor, progress: float) -> Tensor:
-        with torch.no_grad():
-            target = run.network(images)
-        return distillation(logits_of(student(images)), target)
-
     options = replace(run.arguments.finetune, epochs=epochs)
     with tempfile.TemporaryDirectory() as folder:
         fit(
             model,
-            loss,
+            run.distillation_loss(run.network),
             run.loaders(),
             options,
             run.accelerator,

@@ -22,7 +22,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from accelerate.utils import set_seed
 from study_common import TRAINED, Cell, add_options, as_found, mean_and_error, read, tuned, work
@@ -32,7 +31,6 @@ from sdq_hf.search import METHODS, BudgetError
 from sdq_hf.strategy import FLOAT_BITS
 from sdq_hf.training.evaluation import evaluate
 from sdq_hf.training.fit import fit
-from sdq_hf.training.losses import distillation
 from sdq_hf.training.stages import Run, bitops_of_uniform
 
 FIELDS = ("seed", "method", "cost", "target", "activation_bits")
@@ -98,18 +96,14 @@ def trained_on(options: argparse.Namespace, run: Run, method: str) -> Cell:
     """The float network, trained on for as many epochs as a fine-tune has, with the same optimizer and choice of epoch."""
     network, distil = copy.deepcopy(run.network).requires_grad_(), method == "float_kd"
 
-    def loss(student: nn.Module, images: Tensor, labels: Tensor, progress: float) -> Tensor:
-        if not distil:
-            return F.cross_entropy(student(images), labels)
-        with torch.no_grad():
-            target = run.network(images)
-        return distillation(student(images), target)
+    def labels_loss(student: nn.Module, images: Tensor, labels: Tensor, progress: float) -> Tensor:
+        return F.cross_entropy(student(images), labels)
 
     set_seed(run.arguments.run.seed)
     loaders, arguments = run.loaders(), replace(run.arguments.finetune, epochs=options.epochs)
     fit(
         network,
-        loss,
+        run.distillation_loss(run.network) if distil else labels_loss,
         loaders,
         arguments,
         run.accelerator,

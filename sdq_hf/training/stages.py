@@ -407,7 +407,7 @@ class Run:
         self._calibrate(model)
         teacher = self._kd_teacher(options) if options.kd else None
         labels_loss = _loss_of_labels(data, len(self.data.label_names))
-        task_loss = labels_loss if teacher is None else self._distillation_loss(teacher)
+        task_loss = labels_loss if teacher is None else self.distillation_loss(teacher)
         # An epoch is judged by what the training aims at.
         metric = options.eval_metric or ("loss" if teacher is None else "kl")
         reference = (teacher or self.network) if metric == "kl" else None
@@ -478,7 +478,7 @@ class Run:
         for quantizer in input_quantizers(model).values():
             quantizer.load_state_dict(broadcast(dict(quantizer.state_dict())))
 
-    def _distillation_loss(self, teacher: nn.Module) -> LossFunction:
+    def distillation_loss(self, teacher: nn.Module) -> LossFunction:
         """The loss of a student that learns from its teacher's outputs alone; mixed images have no label that matters."""
         data = self.arguments.data
         mixup = build_mixup(data.mixup, data.cutmix, 0.0, len(self.data.label_names))
