@@ -24,11 +24,12 @@ import torch
 from study_common import Cell, add_options, as_found, mean_and_error, read, tuned, work
 from torch import nn
 
+from sdq_hf.costs import get_cost
 from sdq_hf.search import METHODS, BudgetError
 from sdq_hf.search.stochastic_weights import searching
 from sdq_hf.search.task import divergence
 from sdq_hf.training.evaluation import logits_of
-from sdq_hf.training.stages import Run, bitops_of_uniform
+from sdq_hf.training.stages import Run
 
 FIELDS = ("seed", "method", "target", "activation_bits")
 
@@ -111,7 +112,7 @@ def sensitivities(run: Run, network: nn.Module, bits: int, images: int = 512) ->
 
 
 def measure(options: argparse.Namespace, run: Run, cell: Mapping[str, Any]) -> Cell:
-    method, budget = cell["method"], bitops_of_uniform(run.base.strategy, cell["target"])
+    method, budget = cell["method"], get_cost("bitops").of_uniform(run.base.strategy, cell["target"])
     names = list(run.base.strategy.searchable)
     planted = planted_layers(list(pairs(run.network)), cell["seed"])
     run.arguments.search.start_bits = 8

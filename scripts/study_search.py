@@ -27,11 +27,12 @@ from accelerate.utils import set_seed
 from study_common import TRAINED, Cell, add_options, as_found, mean_and_error, read, tuned, work
 from torch import Tensor, nn
 
+from sdq_hf.costs import get_cost
 from sdq_hf.search import METHODS, BudgetError
 from sdq_hf.strategy import FLOAT_BITS
 from sdq_hf.training.evaluation import evaluate
 from sdq_hf.training.fit import fit
-from sdq_hf.training.stages import Run, bitops_of_uniform
+from sdq_hf.training.stages import Run
 
 FIELDS = ("seed", "method", "cost", "target", "activation_bits")
 # Float networks that are trained on as long as the others, without and with distillation from where they were.
@@ -44,6 +45,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=[*METHODS, *FLOAT])
     parser.add_argument("--target_bits", type=float, nargs="*", default=[2.0])
     parser.add_argument("--target_bitops", type=float, nargs="*", default=[2.0, 3.0])
+    parser.add_argument("--target_lut", type=float, nargs="*", default=[], help="LUT costs of so many uniform bits")
     options = parser.parse_args()
     if not options.table:
         work(options, cells(options), FIELDS, lambda run, cell: measure(options, run, cell))
@@ -52,15 +54,15 @@ def main() -> None:
 
 def cells(options: argparse.Namespace) -> Iterator[Cell]:
     """Seeds come last, so that a study that is cut off has the same seeds for all methods but the last."""
-    budgets = [("bits", t) for t in options.target_bits] + [("bitops", t) for t in options.target_bitops]
+    budgets = [(cost, t) for cost in ("bits", "bitops", "lut") for t in getattr(options, f"target_{cost}")]
     for seed in options.seeds:
         for method in FLOAT:
             if method in options.methods:
                 yield dict(zip(FIELDS, (seed, method, "float", float(FLOAT_BITS), FLOAT_BITS), strict=True))
         for cost, target in budgets:
             for method in [method for method in options.methods if method in METHODS]:
-                if method == "uniform" and (target % 1 or (cost == "bitops" and ("bits", target) in budgets)):
-                    # Whole numbers only, and the same strategy in both costs.
+                if method == "uniform" and (target % 1 or (cost != "bits" and ("bits", target) in budgets)):
+                    # Whole numbers only, and the same strategy in all costs.
                     continue
                 yield dict(zip(FIELDS, (seed, method, cost, target, options.activation_bits), strict=True))
 
@@ -70,7 +72,7 @@ def measure(options: argparse.Namespace, run: Run, cell: Mapping[str, Any]) -> C
     method, cost, target = cell["method"], cell["cost"], cell["target"]
     if method in FLOAT:
         return trained_on(options, run, method)
-    budget = target if cost == "bits" else bitops_of_uniform(run.base.strategy, target)
+    budget = target if cost == "bits" else get_cost(cost).of_uniform(run.base.strategy, target)
     name = f"{method}-{cost}-{target:g}"
     try:
         (strategy,), seconds, log = run.search_one(name, [budget], cost, method)
@@ -133,7 +135,7 @@ def table(found: list[dict[str, Any]]) -> str:
             groups.setdefault((cell["activation_bits"], cell["cost"], cell["target"], cell["method"]), []).append(cell)
     ranked = sorted(groups.items(), key=lambda g: (*g[0][:3], statistics.fmean(c["kl"] for c in g[1])))
     for (activation_bits, cost, target, method), members in ranked:
-        unit = {"bits": "average bits", "bitops": "bits' BitOPs"}.get(cost)
+        unit = {"bits": "average bits", "bitops": "bits' BitOPs", "lut": "bits' LUT cost"}.get(cost)
         budget = f"{target:g} {unit}, A{activation_bits}" if unit else "float"
         numbers = [mean_and_error([cell[key] for cell in members], digits) for key, digits in (("kl", 4), ("top1", 2))]
         before = [cell["found"]["kl"] for cell in members if "found" in cell]

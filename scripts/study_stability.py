@@ -21,8 +21,9 @@ import numpy as np
 from scipy.stats import rankdata, spearmanr
 from study_common import Cell, add_options, mean_and_error, read, tuned, work
 
+from sdq_hf.costs import get_cost
 from sdq_hf.search import SearchLog, search
-from sdq_hf.training.stages import Run, bitops_of_uniform
+from sdq_hf.training.stages import Run
 
 FIELDS = ("seed", "option", "value", "search_seed", "activation_bits")
 OPTIONS: dict[str, tuple[float, ...]] = {
@@ -64,7 +65,7 @@ def measure(options: argparse.Namespace, run: Run, cell: Mapping[str, Any]) -> C
         return one_descent(options, run, search_seed)
     given: dict[str, Any] = {} if option in ("default", "batch_size") else {option: value}
     batch_size = int(value) if option == "batch_size" else options.search_batch_size
-    log, budget = SearchLog(), bitops_of_uniform(run.base.strategy, options.target_bitops)
+    log, budget = SearchLog(), get_cost("bitops").of_uniform(run.base.strategy, options.target_bitops)
     data = run.loaders(batch_size)["train"]
     (strategy,) = search(
         run.base, data, [budget], "bitops", seed=search_seed, log=log, accelerator=run.accelerator, **given

@@ -1,54 +1,176 @@
-"""Costs that a search can be given a budget in: one interface.
+"""Costs that a search can be given a budget in: one interface, for those that are built in and for a user's own table.
 
-A cost is a sum over layers of `layer_cost(layer, bits)`, plus what the pinned layers take. "bits" counts the searchable
-layers only, so uniform 2 bits cost exactly 2.0; "bitops" counts every layer.
+A cost is a sum over layers. "bits" counts the searchable layers only, so uniform 2 bits cost exactly 2.0; all others count
+every layer.
 """
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
 
-from .strategy import LayerBits, Strategy
+from .packing import packed_size
+from .strategy import FLOAT_BITS, LayerBits, Strategy, short, unknown_layer
+
+# Per multiply-accumulate, measured by synthesis; the file says how.
+LUT_TABLE = Path(__file__).with_name("cost_tables") / "lut.json"
 
 
 @dataclass(frozen=True)
 class Cost:
-    """`total(strategy)` in `unit`s; `layer(layer_bits, strategy)` is one layer's part of it."""
+    """`sum_l layer(name, layer_bits) / per(strategy) + fixed`, in `unit`s.
 
+    A budget b of it allows a sum of at most `limit(b)`; `limit` is its own inverse (b itself, or 1 / b for "compression").
+    A strategy that is found spends at least `limit(b) - tolerance(limit(b))`.
+    """
+
+    name: str
     unit: str
-    total: Callable[[Strategy], float]
-    layer: Callable[[LayerBits, Strategy], float]
-    tolerance: Callable[[float], float]
+    layer: Callable[[str, LayerBits], float]
+    per: Callable[[Strategy], float] = lambda strategy: 1.0
+    fixed: float = 0.0
+    tolerance: Callable[[float], float] = lambda limit: 0.01 * limit
+    limit: Callable[[float], float] = lambda budget: budget
+
+    def total(self, strategy: Strategy) -> float:
+        """The sum; `ValueError` that names the layer where a table lacks one."""
+        return sum(self.layer(name, layer) for name, layer in strategy.items()) / self.per(strategy) + self.fixed
 
     def of_layer(self, strategy: Strategy, name: str, bits: int) -> float:
         """What layer `name` of `strategy` would cost at `bits`."""
-        return self.layer(replace(strategy[name], weight_bits=bits), strategy)
+        return self.layer(name, replace(strategy[name], weight_bits=bits)) / self.per(strategy)
+
+    def of_uniform(self, strategy: Strategy, bits: float) -> float:
+        """The budget that uniform `bits`, 1 to 8, use up; between whole numbers on the line that joins them."""
+        if not 1 <= bits <= 8:
+            raise ValueError(f"Uniform {bits:g} bits are out of reach: 1 to 8.")
+        below = int(bits)
+        low, high = (self.total(strategy.with_bits(b)) for b in (below, below + (bits > below)))
+        return self.limit(low + (bits - below) * (high - low))
 
 
 def _searchable_weights(strategy: Strategy) -> int:
-    return sum(strategy[name].num_weights for name in strategy.searchable)
+    return sum(strategy[name].num_weights for name in strategy.searchable) or 1
+
+
+def _weights(strategy: Strategy) -> int:
+    return sum(layer.num_weights for layer in strategy.values())
 
 
 COSTS: dict[str, Cost] = {
-    "bits": Cost(
-        unit="average bits",
-        total=lambda strategy: strategy.average_bits(),
-        layer=lambda layer, strategy: layer.num_weights * layer.weight_bits / _searchable_weights(strategy),
-        tolerance=lambda budget: 0.05,
-    ),
-    "bitops": Cost(
-        unit="BitOPs",
-        total=lambda strategy: float(strategy.bitops()),
-        layer=lambda layer, strategy: float(layer.macs * layer.weight_bits * layer.activation_bits),
-        tolerance=lambda budget: 0.01 * budget,
-    ),
+    cost.name: cost
+    for cost in (
+        Cost(
+            "bits",
+            "average bits",
+            lambda name, x: 0 if x.pinned else x.num_weights * x.weight_bits,
+            per=_searchable_weights,
+            tolerance=lambda limit: 0.05,
+        ),
+        Cost("bytes", "bytes of packed weights", lambda name, x: packed_size(x.num_weights, x.weight_bits)),
+        Cost(
+            "compression",
+            "x compression of the weights",
+            lambda name, x: x.num_weights * x.weight_bits,
+            per=lambda strategy: FLOAT_BITS * _weights(strategy),
+            limit=lambda budget: 1 / budget,
+        ),
+        Cost("bitops", "BitOPs", lambda name, x: x.macs * x.weight_bits * x.activation_bits),
+    )
 }
 
 
-def get_cost(name: str) -> Cost:
-    """The cost called `name`; `ValueError` with the choices when there is none."""
-    if name not in COSTS:
-        raise ValueError(f"Unknown cost {name!r}: expected one of {', '.join(COSTS)}.")
-    return COSTS[name]
+def get_cost(cost: "str | Path | Mapping[str, Any] | Cost") -> Cost:
+    """A cost by its name ("bits", "bytes", "compression", "bitops", "lut"), from a table, or as it is.
+
+    A table is a JSON file, or what such a file holds: `name`, `unit`, and one of
+
+    - `layers`: layer name -> weight bits -> what the layer costs; `fixed`: what the rest of the network costs (default 0),
+    - `per_mac`: activation bits -> weight bits -> what a multiply-accumulate costs.
+
+    `ValueError` with the choices for an unknown name, and with the field for a table that is wrong.
+    """
+    if isinstance(cost, Cost):
+        return cost
+    if isinstance(cost, Mapping):
+        return _from_table(cost, "The cost table")
+    if cost in COSTS:
+        return COSTS[str(cost)]
+    path = LUT_TABLE if cost == "lut" else Path(cost)
+    if path.suffix != ".json":
+        near = get_close_matches(str(cost), known := [*COSTS, "lut"], n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(
+            f"Unknown cost {str(cost)!r}: expected {', '.join(known)}, or the name of a JSON file with a table.{hint}"
+        )
+    try:
+        data = json.loads(path.read_text())
+    except OSError as error:
+        raise ValueError(f"The cost table {path} cannot be read: {error.strerror}.") from None
+    except ValueError as error:
+        raise ValueError(f"The cost table {path} is not JSON: {error}.") from None
+    return _from_table(data, f"The cost table {path}")
+
+
+def _from_table(data: Any, where: str) -> Cost:
+    fields = {"name", "unit", "about", "layers", "fixed", "per_mac"}
+    if not isinstance(data, Mapping) or not {"name", "unit"} <= set(data) <= fields:
+        raise ValueError(f"{where} must be a mapping with the fields {', '.join(sorted(fields))}, got {short(data)}.")
+    if ("layers" in data) == ("per_mac" in data):
+        raise ValueError(f"{where} must have either 'layers' or 'per_mac'.")
+    if not isinstance(data["name"], str) or not data["name"].replace("_", "").isalnum() or data["name"] in COSTS:
+        raise ValueError(
+            f"{where}: name must be letters, digits and _, and not one of {', '.join(COSTS)}, got {short(data['name'])}."
+        )
+    fixed = _number(data.get("fixed", 0.0), f"{where}: fixed")
+    if "per_mac" in data:
+        costs = {int(a): row for a, row in _rows(data["per_mac"], f"{where}: per_mac", whole=True).items()}
+
+        def per_mac(name: str, layer: LayerBits) -> float:
+            if layer.activation_bits not in costs or layer.weight_bits not in costs[layer.activation_bits]:
+                raise ValueError(
+                    f"{where} has no cost of {layer.weight_bits}-bit weights and {layer.activation_bits}-bit inputs, as "
+                    f"layer {name!r} has: its rows are for {', '.join(map(str, costs))}-bit inputs."
+                )
+            return layer.macs * costs[layer.activation_bits][layer.weight_bits]
+
+        return Cost(data["name"], str(data["unit"]), per_mac, fixed=fixed)
+    rows = _rows(data["layers"], f"{where}: layers", whole=False)
+
+    def of_layer(name: str, layer: LayerBits) -> float:
+        if name not in rows and layer.pinned:
+            return 0.0
+        if name not in rows:
+            raise ValueError(f"{where} lacks the layer {name!r}. {unknown_layer(name, list(rows))}")
+        if layer.weight_bits not in rows[name]:
+            raise ValueError(
+                f"{where}: layer {name!r} has no cost at {layer.weight_bits} bits, only at {list(rows[name])}."
+            )
+        return rows[name][layer.weight_bits]
+
+    return Cost(data["name"], str(data["unit"]), of_layer, fixed=fixed)
+
+
+def _rows(data: Any, where: str, whole: bool) -> dict[str, dict[int, float]]:
+    """Row -> bits -> cost; `whole`: the names of rows are bits too."""
+    if not isinstance(data, Mapping) or not data:
+        raise ValueError(f"{where} must be a mapping with an entry for each row, got {short(data)}.")
+    rows = {}
+    for row, costs in data.items():
+        if whole and not str(row).isdigit():
+            raise ValueError(f"{where} must be named by activation bits, got {short(row)}.")
+        if not isinstance(costs, Mapping) or not all(str(bits).isdigit() for bits in costs):
+            raise ValueError(f"{where}[{row!r}] must map weight bits to costs, got {short(costs)}.")
+        rows[row] = {int(bits): _number(cost, f"{where}[{row!r}][{bits!r}]") for bits, cost in costs.items()}
+    return rows
+
+
+def _number(value: Any, where: str) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < float("inf"):
+        raise ValueError(f"{where} must be a number of at least 0, got {short(value)}.")
+    return value
 
 
 def bitops_unit(largest: float) -> tuple[float, str]:

@@ -106,7 +106,9 @@ def figure_descent(logs: Mapping[str, Mapping[str, Any]], strategy: Strategy) ->
 def _plot_cost(axis: Any, title: str, log: Mapping[str, Any]) -> None:
     batches = [0, *(move["batch"] for move in log["moves"])]
     costs = [log["start_cost"], *(move["cost"] for move in log["moves"])]
-    scale, unit = bitops_unit(costs[0]) if log["cost"] == "bitops" else (1.0, "average bits")
+    scale, unit = bitops_unit(costs[0]) if log["cost"] == "bitops" else (1.0, log.get("unit", "average bits"))
+    if log["cost"] == "compression":
+        costs, unit = [1 / cost for cost in costs], "compression"
     axis.step(batches, [cost / scale for cost in costs], where="post", color=COLOURS["sdq"])
     for budget in log.get("budgets", []):
         axis.axhline(budget / scale, color=COLOURS["float"], linestyle="--", linewidth=1)
@@ -153,7 +155,7 @@ def figure_accuracy(rows: Sequence[Mapping[str, Any]]) -> Figure:
             axis = axes[line, column]
             for row in points:
                 colour = COLOURS[row["method"]]
-                hollow = {"markerfacecolor": "none"} if row["cost"] == "bitops" else {}
+                hollow = {} if row["cost"] == "bits" else {"markerfacecolor": "none"}
                 axis.plot(
                     row[key] / scale,
                     row[metric],

@@ -148,9 +148,13 @@ def publish_run(folder: str | Path, repo_id: str, license: str | None = None, **
 
 
 def revision_of(row: Mapping[str, Any]) -> str:
-    """The branch for a row of a run: `w2.5` for 2.5 average bits, `bitops-w2` for the BitOPs of uniform 2 bits."""
+    """The branch for a row of a run.
+
+    `w2.5` for 2.5 average bits, `bitops-w2` for the BitOPs of uniform 2 bits, `compression-12`, `lut-uniform3`.
+    """
     budget = row["name"].rpartition("-")[2]
-    return f"w{budget}" if row["cost"] == "bits" else f"{row['cost']}-w{budget}"
+    prefix = {"bits": "w", "bitops": "bitops-w"}.get(row["cost"], f"{row['cost']}-")
+    return prefix + budget
 
 
 def _check_card(card: str, folder: Path) -> None:

@@ -44,7 +44,7 @@ def least_sum(descent: Descent, budget: float, damages: Damages) -> Bits:
         )
         if solution.x is not None:
             return {name: bits for (name, bits), x in zip(options, solution.x, strict=True) if x > 0.5}
-    raise RuntimeError(f"No bits within a budget of {budget:g} {descent.cost.unit}: {solution.message}")
+    raise RuntimeError(f"No bits within a budget of {descent.text(budget)}: {solution.message}")
 
 
 def least_quadratic(

@@ -24,11 +24,14 @@ class Descent:
     Args:
         strategy: where the layers, their sizes and the pinned layers come from.
         cost: what budgets are given in.
-        budgets: in `cost.unit`; one strategy is found for each.
+        budgets: in `cost.unit`; one strategy is found for each. Kept as limits of the cost's sum.
         candidates: the ladder, e.g. `[1, 2, 3, 4, 5, 6, 7, 8]` or `[2, 4, 8]`.
         start_bits: the rung where all layers start; default: 6, above which a step costs nothing measurable (METHOD 9),
             or the lowest rung above it that lies above every budget.
         floors: pattern of layer names -> fewest bits. The last pattern that matches decides.
+
+    A layer's ladder has the candidates from its floor up, without those that cost no less than more bits would: in a cost
+    table, 3 bits may take what 4 take.
 
     Raises `BudgetError` for a budget out of reach, `ValueError` for a floor that matches no layer.
     """
@@ -42,28 +45,37 @@ class Descent:
         start_bits: int | None = None,
         floors: Mapping[str, int] | None = None,
     ):
-        self.cost, self.budgets = cost, list(budgets)
+        self.cost = cost
+        for budget in budgets:
+            if not budget > 0:
+                raise BudgetError(f"A budget must be above 0 {cost.unit}, got {budget:g}.")
+        self.budgets = [cost.limit(budget) for budget in budgets]
         self.candidates = sorted(candidates)
         self.names = [name for name in strategy.searchable if strategy[name].weight_bits != FLOAT_BITS]
-        self.floor = self._floors(floors or {})
         self.table = {
             name: {bits: cost.of_layer(strategy, name, bits) for bits in self.candidates} for name in self.names
         }
+        floor = self._floors(floors or {})
+        self.ladder = {name: self._ladder(name, floor[name]) for name in self.names}
+        self.floor: Bits = {name: ladder[0] for name, ladder in self.ladder.items()}
         self.base = cost.total(strategy) - sum(
             cost.of_layer(strategy, name, strategy[name].weight_bits) for name in self.names
         )
+        self._strategy = strategy
         self._check_budgets()
         if start_bits is None:
             start_bits = self._default_start()
         elif start_bits not in self.candidates:
             raise ValueError(f"start_bits must be one of the candidates {self.candidates}, got {start_bits}.")
-        self.start: Bits = {name: max(start_bits, self.floor[name]) for name in self.names}
+        self.start: Bits = {
+            name: next((bits for bits in ladder if bits >= start_bits), ladder[-1])
+            for name, ladder in self.ladder.items()
+        }
         if self.total(self.start) < max(self.budgets) - cost.tolerance(max(self.budgets)):
             raise BudgetError(
-                f"start_bits {start_bits} is below the budget of {max(self.budgets):g} {cost.unit}: bits only fall, so the "
+                f"start_bits {start_bits} is below the budget of {self.text(max(self.budgets))}: bits only fall, so the "
                 f"search must start above it, at {self._default_start()} for example."
             )
-        self._strategy = strategy
         self.bits: Bits = dict(self.start)
         # Estimated damage of the step that led down to a rung: what raising the layer again would win back.
         self.damage: dict[str, dict[int, float]] = {name: {} for name in self.names}
@@ -84,16 +96,41 @@ class Descent:
             floor.update(dict.fromkeys(matches, allowed[0]))
         return floor
 
+    def _ladder(self, name: str, floor: int) -> list[int]:
+        """Candidates from `floor` up, each cheaper than all above it."""
+        ladder: list[int] = []
+        for bits in reversed([b for b in self.candidates if b >= floor]):
+            if not ladder or self.table[name][bits] < self.table[name][ladder[0]]:
+                ladder.insert(0, bits)
+        return ladder
+
+    def text(self, limit: float) -> str:
+        """A limit of the sum, as a budget."""
+        return f"{self.cost.limit(limit):.4g} {self.cost.unit}"
+
     def _check_budgets(self) -> None:
         if not self.budgets:
             raise BudgetError("No budget given: pass at least one.")
-        low, high = self.total(self.floor), self.total(dict.fromkeys(self.names, self.candidates[-1]))
+        low, high = self.total(self.floor), self.total({name: ladder[-1] for name, ladder in self.ladder.items()})
         for budget in self.budgets:
             if not low * (1 - 1e-9) <= budget <= high * (1 + 1e-9):
+                ends = sorted((self.cost.limit(low), self.cost.limit(high)))
                 raise BudgetError(
-                    f"A budget of {budget:g} {self.cost.unit} is out of reach: with candidates {self.candidates} and the "
-                    f"floors and pinned layers of this network it must be between {low:.4g} and {high:.4g}."
+                    f"A budget of {self.text(budget)} is out of reach: with candidates {self.candidates} and the floors and "
+                    f"pinned layers of this network it must be between {ends[0]:.4g} and {ends[1]:.4g}."
+                    + (f" What binds most: {self._binding()}." if budget < low else "")
                 )
+
+    def _binding(self, count: int = 3) -> str:
+        """The layers that take most of the least cost there is, and their bits."""
+        least = self._strategy.with_bits(self.floor)
+        costs = {name: self.cost.of_layer(least, name, layer.weight_bits) for name, layer in least.items()}
+        whole, largest = self.total(self.floor), sorted(costs, key=lambda name: -costs[name])[:count]
+        return ", ".join(
+            f"{name} ({'pinned to' if least[name].pinned else 'at least'} {least[name].weight_bits} bits, "
+            f"{costs[name] / whole:.0%})"
+            for name in largest
+        )
 
     def _default_start(self) -> int:
         above = [b for b in self.candidates if self.total(dict.fromkeys(self.names, b)) >= max(self.budgets)]
@@ -112,12 +149,12 @@ class Descent:
         return self._strategy.with_bits(self.bits).average_bits()
 
     def rungs(self, name: str) -> list[int]:
-        """Candidates of a layer from its floor up to its start."""
-        return [b for b in self.candidates if self.floor[name] <= b <= self.start[name]]
+        """A layer's ladder from its floor up to its start."""
+        return [b for b in self.ladder[name] if b <= self.start[name]]
 
     def next_bits(self, name: str) -> int | None:
         """The next lower candidate of a layer, None at its floor."""
-        below = [b for b in self.candidates if self.floor[name] <= b < self.bits[name]]
+        below = [b for b in self.ladder[name] if b < self.bits[name]]
         return below[-1] if below else None
 
     def saved(self, name: str) -> float:
@@ -175,11 +212,10 @@ class Descent:
         if exchanges:
             return min(exchanges)[2]
         logger.warning(
-            "Budget %g %s: the nearest strategy below it costs %g; single layers of this network are too large to come "
+            "Budget of %s: the nearest strategy below it costs %s; single layers of this network are too large to come "
             "closer.",
-            budget,
-            self.cost.unit,
-            self.total(best),
+            self.text(budget),
+            self.text(self.total(best)),
         )
         return best
 
@@ -210,7 +246,7 @@ class Descent:
                 rung = bits[name]
                 if name == fixed or rung not in self.damage[name]:
                     continue
-                upper = self.candidates[self.candidates.index(rung) + 1]
+                upper = self.ladder[name][self.ladder[name].index(rung) + 1]
                 if self.table[name][upper] - self.table[name][rung] <= slack:
                     options.append((self.damage[name][rung], name, upper))
             if not options:

@@ -3,12 +3,13 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 from torch import nn
 
-from ..costs import get_cost
+from ..costs import Cost, get_cost
 from ..modeling_sdq import SDQForImageClassification
 from ..strategy import Strategy
 from .descent import Descent
@@ -41,7 +42,7 @@ def search(
     model: SDQForImageClassification,
     data: Iterable[Batch] | None,
     budgets: Sequence[float],
-    cost: str = "bits",
+    cost: str | Path | Mapping[str, Any] | Cost = "bits",
     method: str = "two_sided",
     *,
     teacher: nn.Module | None = None,
@@ -65,8 +66,12 @@ def search(
         model: with its pretrained float weights. Activation steps that are not fitted yet are fitted to the first batches.
         data: batches `{"pixel_values": [B, C, H, W]}`, iterated again and again (`set_epoch` is called when there).
             The rules "uniform", "random", "size" and "greedy" need none.
-        budgets: average bits of the searchable layers (cost "bits"), or BitOPs of the whole network for one image
-            (cost "bitops"). The strategy found costs at most the budget, and less by no more than 0.05 bits or 1 %.
+        budgets: in units of `cost`, and in any order. The strategy found costs at most the budget, and less by no more than
+            0.05 bits or 1 %.
+        cost: "bits", average bits of the searchable layers; of the whole network "bytes" of the packed weights,
+            "compression" of the weights, "bitops" for one image, and "lut", LUTs times cycles on an FPGA by our table; or
+            a table of one's own, as in `sdq_hf.costs.get_cost`. `get_cost(cost).of_uniform(model.strategy, 3)` is the
+            budget that uniform 3 bits use up.
         method: SDQ by the "two_sided" (default; our extension) or the "paper" update, or a rival: the rules "uniform",
             "random", "size" and "greedy" (`sdq_hf.search.rules`), the measured "table", "hawq" and "clado"
             (`.sensitivity`), the relaxed "fracbits" and "edmips" (`.relaxed`).
@@ -84,13 +89,14 @@ def search(
             Plain numbers that JSON can hold, but for the mapping of tensors under "tensors".
         options: of the method; see `sdq_hf.search.updates.TwoSided` and `Paper`, and the functions of the rivals.
 
-    Returns strategies in the order of `budgets`. Raises `BudgetError` (a `ValueError`) for a budget out of reach, before
-    any work is done.
+    Returns strategies in the order of `budgets`. Raises `BudgetError` (a `ValueError`) for a budget out of reach, with the
+    range and the layers that bind, before any work is done.
     """
     check_options(method, options)
-    descent = Descent(model.strategy, get_cost(cost), budgets, model.config.candidates, start_bits, floors)
+    cost = get_cost(cost)
+    descent = Descent(model.strategy, cost, budgets, model.config.candidates, start_bits, floors)
     log = SearchLog() if log is None else log
-    log.cost, log.method = cost, method
+    log.cost, log.unit, log.method = cost.name, cost.unit, method
     log.start, log.start_cost = dict(descent.start), descent.total(descent.start)
     task = Task(
         model,

@@ -72,8 +72,8 @@ def _descend(task: Task, update: TwoSided | Paper) -> list[Strategy]:
             while not descent.done:
                 if step >= task.max_batches:
                     raise BudgetError(
-                        f"The search reached {descent.total():.4g} {descent.cost.unit} in {task.max_batches} batches, and "
-                        f"its budget of {min(descent.budgets):g} was not met. Raise max_batches, or cost_weight or lr of "
+                        f"The search reached {descent.text(descent.total())} in {task.max_batches} batches, and its budget "
+                        f"of {descent.text(min(descent.budgets))} was not met. Raise max_batches, or cost_weight or lr of "
                         "the paper's method."
                     )
                 images = next(batches)["pixel_values"].to(model.device)

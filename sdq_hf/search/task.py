@@ -29,6 +29,7 @@ class SearchLog:
     """
 
     cost: str = "bits"
+    unit: str = "average bits"
     method: str = "two_sided"
     every: int = 10
     start: dict[str, int] = field(default_factory=dict)

@@ -217,7 +217,10 @@ class Paper:
         # Cost of one bit more, whatever the ladder: shares of the whole.
         rungs = descent.candidates
         span = max(rungs) - min(rungs) or 1
-        sizes = {n: (descent.table[n][max(rungs)] - descent.table[n][min(rungs)]) / span for n in descent.names}
+        sizes = {
+            name: max(0.0, descent.table[name][max(rungs)] - descent.table[name][min(rungs)]) / span
+            for name in descent.names
+        }
         if cost_shape == "sqrt":
             sizes = {name: math.sqrt(size) for name, size in sizes.items()}
         whole = sum(sizes.values()) or 1.0

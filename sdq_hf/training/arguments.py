@@ -1,6 +1,7 @@
 """Options of `scripts/run_sdq.py`, from the command line or a YAML file."""
 
 import argparse
+import math
 import shlex
 from collections.abc import Sequence
 from contextlib import suppress
@@ -12,6 +13,7 @@ from typing import Any, Literal, NoReturn
 import yaml
 from transformers import HfArgumentParser
 
+from ..costs import get_cost
 from ..search import METHODS, SDQ_METHODS, check_options
 from ..strategy import FLOAT_BITS
 from .optim import OptimizerArguments, check_names
@@ -85,6 +87,11 @@ class SearchArguments:
 
     target_bits: list[float] = _option([], "Budgets in average weight bits of the searched layers, e.g. 2.0 3.6.")
     target_bitops: list[float] = _option([], "Budgets in BitOPs, given as the uniform bits that cost as much, e.g. 2.")
+    budgets: list[str] = _option(
+        [],
+        "COST=VALUE: budgets in bits, bytes, compression, bitops, lut, or the cost of a JSON table, e.g. compression=12 "
+        "latency.json=3.5; the value uniform3 is what uniform 3 bits cost.",
+    )
     search: str = _option(
         "two_sided", f"How strategies are found: SDQ as two_sided (ours) or paper, or a rival: {', '.join(RIVALS)}."
     )
@@ -248,8 +255,13 @@ def _yaml_options(path: Path, known: set[str]) -> list[str]:
 
 def _check(arguments: Arguments) -> None:
     search, run, tune, data = arguments.search, arguments.run, arguments.finetune, arguments.data
-    if not search.target_bits and not search.target_bitops:
+    if not search.target_bits and not search.target_bitops and not search.budgets:
         search.target_bits = [2.0]
+    for source, *_ in budget_entries(search):
+        try:
+            get_cost(source)
+        except ValueError as error:
+            raise ArgumentError(f"--budgets: {error}") from None
     _check_methods(search)
     teacher = arguments.teacher
     positive = {
@@ -337,6 +349,23 @@ def values_by_name(entries: Sequence[str]) -> dict[str, Any]:
             with suppress(ValueError):
                 result[name] = float(value)
     return result
+
+
+def budget_entries(search: SearchArguments) -> list[tuple[str, str, bool, float]]:
+    """(cost or file of its table, label, whether the value is one of uniform bits, value) of each budget asked for."""
+    entries = [("bits", f"{value:g}", False, value) for value in search.target_bits]
+    entries += [("bitops", f"{value:g}", True, value) for value in search.target_bitops]
+    for text in search.budgets:
+        source, sign, value = text.rpartition("=")
+        uniform = value.startswith("uniform")
+        try:
+            number = float(value.removeprefix("uniform"))
+        except ValueError:
+            number = math.nan
+        if not source or not sign or not math.isfinite(number):
+            raise ArgumentError(f"--budgets takes COST=VALUE, e.g. compression=12 or lut=uniform3, got {text!r}")
+        entries.append((source, f"{'uniform' * uniform}{number:g}", uniform, number))
+    return entries
 
 
 def bits_by_pattern(entries: Sequence[str], option: str) -> dict[str, int]:

@@ -25,14 +25,22 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..backbones import create_backbone, hub_id
-from ..costs import get_cost
+from ..costs import Cost, get_cost
 from ..layers import input_quantizers
 from ..modeling_sdq import SDQForImageClassification
 from ..search import SDQ_METHODS, SearchLog, SearchState, search
 from ..search.descent import Descent
 from ..strategy import Strategy
 from ..writing import save_tensors, write_json
-from .arguments import ArgumentError, Arguments, DataArguments, FinetuneArguments, bits_by_pattern, values_by_name
+from .arguments import (
+    ArgumentError,
+    Arguments,
+    DataArguments,
+    FinetuneArguments,
+    bits_by_pattern,
+    budget_entries,
+    values_by_name,
+)
 from .data import ImageData, load_image_data
 from .evaluation import evaluate, logits_of
 from .fit import LossFunction, fit, recalibrate
@@ -79,8 +87,9 @@ class Run:
         """Refuse budgets, floors and teachers that later stages would refuse, before any training."""
         search, teacher = self.arguments.search, self.arguments.finetune.kd_teacher
         floors = bits_by_pattern(search.floors, "floors")
-        for cost, budgets in self._budgets().items():
-            Descent(self.base.strategy, get_cost(cost), budgets, self.base.config.candidates, search.start_bits, floors)
+        for cost, targets in self._budgets():
+            budgets = list(targets.values())
+            Descent(self.base.strategy, cost, budgets, self.base.config.candidates, search.start_bits, floors)
         if teacher is not None:
             network = create_backbone(
                 teacher, pretrained=False, num_classes=len(self.data.label_names), **self.model_args
@@ -100,14 +109,16 @@ class Run:
         config: Any = getattr(network, "pretrained_cfg", None) or {}
         return config.get("num_classes") == len(self.data.label_names)
 
-    def _budgets(self) -> dict[str, list[float]]:
-        """Cost -> budgets in its unit, of the costs that the options name budgets in."""
-        options, start = self.arguments.search, self.base.strategy
-        budgets = {
-            "bits": list(options.target_bits),
-            "bitops": [bitops_of_uniform(start, target) for target in options.target_bitops],
-        }
-        return {cost: found for cost, found in budgets.items() if found}
+    def _budgets(self) -> list[tuple[Cost, dict[str, float]]]:
+        """Costs that the options name budgets in, each with label -> budget."""
+        sources: dict[str, tuple[Cost, dict[str, float]]] = {}
+        for source, label, uniform, value in budget_entries(self.arguments.search):
+            cost, budgets = sources.setdefault(source, (get_cost(source), {}))
+            budgets[label] = cost.of_uniform(self.base.strategy, value) if uniform else value
+        names = [cost.name for cost, _ in sources.values()]
+        if len(set(names)) < len(names):
+            raise ArgumentError(f"--budgets: two tables with the same name: {', '.join(names)}")
+        return list(sources.values())
 
     # Folder ------------------------------------------------------------------------------------------------------
 
@@ -280,29 +291,29 @@ class Run:
         options = self.arguments.search
         entries: list[dict[str, Any]] = []
         start = self.base.strategy
-        for cost, budgets in self._budgets().items():
-            targets = options.target_bits if cost == "bits" else options.target_bitops
-            # Whole-number uniform bits are made below, once for both costs.
+        uniform_bits = set()
+        for cost, targets in self._budgets():
+            # Whole-number uniform bits are made below, once for all costs.
             controls = [name for name in options.controls if name not in ("uniform", "none")]
             main = "sdq" if options.search in SDQ_METHODS else options.search
             methods = {main: options.search} | {name: name for name in controls}
             for label, method in methods.items():
-                found, seconds, log = self.search_one(f"{label}-{cost}", budgets, cost, method)
-                for target, budget, strategy in zip(targets, budgets, found, strict=True):
+                found, seconds, log = self.search_one(f"{label}-{cost.name}", list(targets.values()), cost, method)
+                for (target, budget), strategy in zip(targets.items(), found, strict=True):
                     entries.append(
                         {
-                            "name": f"{label}-{cost}-{target:g}",
+                            "name": f"{label}-{cost.name}-{target}",
                             "method": label,
-                            "cost": cost,
+                            "cost": cost.name,
                             "budget": budget,
                             "seconds": seconds,
                             "batches": log.batches,
                             "strategy": strategy.to_json(),
                         }
                     )
+            uniform_bits |= {_uniform_above(cost, budget, start) for budget in targets.values()}
         if "uniform" in options.controls:
-            # The next whole number, so that uniform bits never have less to spend.
-            for bits in sorted({-int(-t // 1) for t in [*options.target_bits, *options.target_bitops]}):
+            for bits in sorted(uniform_bits):
                 strategy = start.with_bits(bits)
                 entries.append(
                     {
@@ -321,7 +332,7 @@ class Run:
         return entries
 
     def search_one(
-        self, name: str, budgets: list[float], cost: str, method: str
+        self, name: str, budgets: list[float], cost: str | Cost, method: str
     ) -> tuple[list[Strategy], float, SearchLog]:
         """One search: a strategy for each budget, seconds, and the log. A finished one is read when the run is resumed."""
         options, run = self.arguments.search, self.arguments.run
@@ -334,7 +345,9 @@ class Run:
             return [Strategy.from_json(strategy) for strategy in kept["strategies"]], kept["seconds"], log
         state = checkpoint.load() if run.resume else None
         started = time.perf_counter() - (state["seconds"] if state else 0.0)
-        progress = SearchProgress(self.accelerator, name, min(budgets), state["batch"] if state else 0)
+        cost = get_cost(cost)
+        least = min(cost.limit(budget) for budget in budgets)
+        progress = SearchProgress(self.accelerator, name, least, state["batch"] if state else 0)
 
         def on_step(step: SearchState) -> None:
             progress.batch(step.batch, step.images, step.loss, step.cost, step.average_bits)
@@ -369,7 +382,7 @@ class Run:
         seconds = time.perf_counter() - started
         for budget, strategy in zip(budgets, strategies, strict=True):
             self.accelerator.print(
-                f"{name}: for {budget:.4g} {log.cost}: {strategy.average_bits():.2f} average bits, "
+                f"{name}: for {budget:.4g} {cost.unit}: {strategy.average_bits():.2f} average bits, "
                 f"{strategy.bitops() / 1e9:.4f} GBitOPs, bits {' '.join(str(b) for b in strategy.weight_bits.values())}",
                 flush=True,
             )
@@ -595,10 +608,11 @@ def _loss_of_labels(data: DataArguments, classes: int) -> LossFunction:
     return loss
 
 
-def bitops_of_uniform(strategy: Strategy, bits: float) -> float:
-    """BitOPs of the network with `bits` in every searched layer; fractions lie between the whole numbers."""
-    low, high = (float(strategy.with_bits(b).bitops()) for b in (1, 2))
-    return low + (bits - 1) * (high - low)
+def _uniform_above(cost: Cost, budget: float, strategy: Strategy) -> int:
+    """The next whole number of bits, so that uniform bits never have less to spend than `budget`; of equal costs the most."""
+    costs = {bits: cost.total(strategy.with_bits(bits)) for bits in range(1, 9)}
+    enough = min((c for c in costs.values() if c >= cost.limit(budget) * (1 - 1e-9)), default=max(costs.values()))
+    return max(bits for bits in costs if costs[bits] == enough)
 
 
 def _check_same(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 
 from sdq_hf import SDQForImageClassification, Strategy
 from sdq_hf.hub.card import python_snippets
+from sdq_hf.hub.publish import revision_of
 from sdq_hf.training.arguments import parse_arguments
 from tests.hub_server import HubServer, patch_client
 
@@ -236,6 +237,40 @@ def test_a_rival_may_be_searched_with_and_others_compared(data, tmp_path):
     assert "a table of the KL divergence" in (folder / "models" / "table-bits-3" / "README.md").read_text()
 
 
+def test_budgets_may_be_in_any_cost_and_in_a_table_of_ones_own(data, tmp_path):
+    start = SDQForImageClassification.from_timm("resnet8_cifar", num_labels=CLASSES, img_size=SIZE).strategy
+    cycles = {name: {str(b): start[name].macs * -(-b // 2) for b in range(1, 9)} for name in start.searchable}
+    table = tmp_path / "cycles.json"
+    table.write_text(json.dumps({"name": "cycles", "unit": "cycles", "layers": cycles}))
+    changes = {"target_bits": None, "target_bitops": None, "teacher_epochs": 1, "epochs": 1, "search": "greedy"}
+    changes |= {"budgets": f"compression=8 compression=12 lut=uniform3 {table}=uniform4", "controls": "uniform"}
+    folder = tmp_path / "run"
+    with redirect_stdout(io.StringIO()):
+        assert main(options(data, folder, **changes)) == 0
+    rows = rows_of(folder)
+    found = ["greedy-compression-8", "greedy-compression-12", "greedy-lut-uniform3", "greedy-cycles-uniform4"]
+    assert list(rows) == ["full precision", *found, "uniform-3", "uniform-4"]
+    for name, least in zip(found[:2], (8, 12), strict=True):
+        assert least <= rows[name]["compression"] < 1.03 * least
+    strategies = {
+        name: SDQForImageClassification.from_pretrained(folder / "models" / name).strategy
+        for name in rows
+        if "-" in name
+    }
+    spent = {
+        name: sum(cycles[layer][str(x.weight_bits)] for layer, x in strategy.items() if layer in cycles)
+        for name, strategy in strategies.items()
+    }
+    assert 0.95 * spent["uniform-4"] <= spent["greedy-cycles-uniform4"] <= spent["uniform-4"]
+    # Odd bits cost what one bit more costs.
+    bits = strategies["greedy-cycles-uniform4"]
+    assert all(bits[name].weight_bits % 2 == 0 for name in bits.searchable)
+    assert [revision_of(rows[name]) for name in found] == [
+        *("compression-8", "compression-12", "lut-uniform3", "cycles-uniform4")
+    ]
+    assert (folder / "plots" / "descent.png").exists()
+
+
 @pytest.mark.parametrize(("kd", "learns"), [("false", True), ("true", False)])
 def test_without_distillation_labels_are_learned_whatever_the_teacher_says(data, tmp_path, kd, learns):
     """The teacher is not trained: who learns from it stays at chance, 25 %."""
@@ -383,6 +418,11 @@ def test_a_wrong_token_is_told_before_the_run(data, hub, tmp_path, capsys, monke
         ({"target_bits": 9}, "between 1 and 8"),
         ({"target_bits": 0.5}, "between 1 and 8"),
         ({"target_bitops": 11}, "out of reach"),
+        ({"budgets": "bytes"}, "takes COST=VALUE"),
+        ({"budgets": "bitop=3"}, "Did you mean 'bitops'"),
+        ({"budgets": "lut=uniform"}, "takes COST=VALUE"),
+        ({"budgets": "compression=90"}, "What binds most: layer3.0.conv2 (at least 1 bits"),
+        ({"budgets": "none.json=3"}, "none.json cannot be read"),
         ({"image_column": "picture"}, "picture"),
         ({"label_column": "etiquette"}, "etiquette"),
         ({"opt": "adamv"}, "near names: adam"),
