@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from study_common import Cell, add_options, mean_and_error, open_run, read, train_float
 from torch import Tensor, nn
 
@@ -39,7 +40,6 @@ from sdq_hf.search import search
 from sdq_hf.strategy import Strategy
 from sdq_hf.training.evaluation import evaluate
 from sdq_hf.training.fit import fit
-from sdq_hf.training.losses import distillation
 from sdq_hf.training.stages import Run
 from sdq_hf.writing import write_json
 
@@ -94,7 +94,7 @@ def mct(network: nn.Module, weight_bytes: float, images: Images) -> nn.Module:
     return model
 
 
-def modelopt(network: nn.Module, average_bits: float, images: Images) -> nn.Module:
+def modelopt(network: nn.Module, average_bits: float, batches: Iterable[tuple[Tensor, Tensor]]) -> nn.Module:
     import modelopt.torch.quantization as mtq
 
     def form(bits: int) -> dict[str, Any]:
@@ -102,14 +102,14 @@ def modelopt(network: nn.Module, average_bits: float, images: Images) -> nn.Modu
         config["quant_cfg"].append({"quantizer_name": "*weight_quantizer", "cfg": {"num_bits": bits, "axis": 0}})
         return config
 
-    target = copy.deepcopy(network)
+    # Its sensitivities are gradients: those of a distance to itself would be 0.
     model, _ = mtq.auto_quantize(
         network,
         constraints={"effective_bits": average_bits},
         quantization_formats=[form(bits) for bits in (2, 4, 8)],
-        data_loader=list(images),
-        forward_step=lambda model, batch: model(batch),
-        loss_func=lambda output, batch: distillation(output, target(batch)),
+        data_loader=list(batches),
+        forward_step=lambda model, batch: model(batch[0]),
+        loss_func=lambda output, batch: F.cross_entropy(output, batch[1]),
     )
     return model
 
@@ -162,10 +162,11 @@ def one(options: argparse.Namespace, peer: str) -> Cell:
     """Quantize and train with one tool."""
     (seed,) = options.seeds
     run = open_run(options, seed)
-    batches = run.loaders(64)["train"]
-    images = [
-        batch["pixel_values"].contiguous() for _, batch in zip(range(options.images // 64), batches, strict=False)
+    batches = [
+        (batch["pixel_values"].contiguous(), batch["labels"])
+        for _, batch in zip(range(options.images // 64), run.loaders(64)["train"], strict=False)
     ]
+    images = [pixels for pixels, _ in batches]
     known = [cell for cell in read(options.out)["cells"] if cell["seed"] == seed and cell["peer"] == "sdq"]
     epochs, before, started = options.epochs, _peak(), time.process_time()
     model: nn.Module
@@ -178,7 +179,7 @@ def one(options: argparse.Namespace, peer: str) -> Cell:
             copy.deepcopy(run.network).to(memory_format=torch.contiguous_format), known[0]["weight_bytes"], images
         )
     else:
-        model = modelopt(copy.deepcopy(run.network), known[0]["average_bits_of_all"], images)
+        model = modelopt(copy.deepcopy(run.network), known[0]["average_bits_of_all"], batches)
     prepared = time.process_time() - started
     bits = bits_of(model)
     sizes = {name: m.weight.numel() for name, m in run.network.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
