@@ -39,7 +39,7 @@ from sdq_hf import SDQForImageClassification
 from sdq_hf.costs import bitops_text
 from sdq_hf.hub.plots import figure_bits, figure_weights
 from sdq_hf.packed_files import weight_file_bytes
-from sdq_hf.strategy import FLOAT_BITS
+from sdq_hf.strategy import bits_text
 
 HERE = Path(__file__).parent
 TWIN = """The float twin has the same weights, and computes without rounding and clipping of inputs. It is not the network
@@ -101,11 +101,14 @@ def describe(model: SDQForImageClassification, folder: Path) -> tuple[list[tuple
         ("Network", config.architecture, f"{config.num_labels} classes, images of {height} x {width} pixels"),
     ]
     table = pd.DataFrame(
-        [(n, x.weight_bits, x.activation_bits, x.num_weights, x.macs / 1e6, x.pinned) for n, x in strategy.items()],
+        [
+            (n, bits_text(x.weight_bits), bits_text(x.activation_bits), x.num_weights, x.macs / 1e6, x.pinned)
+            for n, x in strategy.items()
+        ],
         columns=["layer", "weight bits", "input bits", "weights", "MMACs", "pinned"],
     )
     table["pinned"] = table["pinned"].map({True: "yes", False: ""})
-    return headline, table.replace({"weight bits": {FLOAT_BITS: "float"}, "input bits": {FLOAT_BITS: "float"}})
+    return headline, table
 
 
 def plots(model: SDQForImageClassification) -> tuple[Figure, Figure | None]:

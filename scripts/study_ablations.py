@@ -82,8 +82,8 @@ def reversed_bits(learned: Strategy, candidates: Sequence[int]) -> Strategy:
     Large layers get many bits so. All are moved by the same number until the average is met, and what is left over goes to
     the layers with the most reversed bits.
     """
-    ranked = sorted(learned.searchable, key=lambda name: learned[name].weight_bits)
-    turned = {name: learned[other].weight_bits for name, other in zip(ranked, reversed(ranked), strict=True)}
+    ranked = sorted(learned.searchable, key=lambda name: learned[name].average_bits)
+    turned = {name: round(learned[other].average_bits) for name, other in zip(ranked, reversed(ranked), strict=True)}
     target, low, high = learned.average_bits(), min(candidates), max(candidates)
 
     def moved(by: int) -> dict[str, int]:

@@ -12,7 +12,7 @@ weights have 0.289). Of a few layers the histogram is kept for the picture.
 import argparse
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -72,7 +72,7 @@ def bins_of(model: SDQForImageClassification) -> Cell:
     for name in names:
         layer = model.quantized_layers()[name]
         quantizer = layer.weight_quantizer
-        grid, bits = quantizer.grid, quantizer.bits
+        grid, bits = quantizer.grid, cast(int, quantizer.bits)
         counts = torch.bincount(quantizer.codes(layer.weight).long().flatten(), minlength=2**bits)
         shares = counts.double() / counts.sum()
         entropy[name] = float(torch.special.entr(shares).sum() / np.log(2) / bits)

@@ -27,7 +27,9 @@ from study_common import Cell, add_options, mean_and_error, read, work
 from torch import Tensor
 
 from sdq_hf import SDQForImageClassification
+from sdq_hf.costs import get_cost
 from sdq_hf.quantizers.stochastic import draw, gumbel_choice
+from sdq_hf.search.descent import Descent
 from sdq_hf.search.errors import scale_at, weight_at
 from sdq_hf.search.stochastic_weights import StochasticWeights, searching
 from sdq_hf.search.task import distillation_loss, endless
@@ -177,11 +179,11 @@ def gradient_noise(options: argparse.Namespace, run: Run, seed: int) -> dict[str
     names = list(model.strategy.searchable)
     found = {}
     for theta in LOGITS:
-        weights = StochasticWeights(model)
+        way = Descent(model.strategy, get_cost("bits"), [options.bits - 1], model.config.candidates, options.bits)
+        weights = StochasticWeights(model, way)
         leaves, gates, uppers = [], [], []
         with searching(model):
-            for name in names:
-                weights.set(name, options.bits, options.bits - 1)
+            weights.start()
             data = endless(run.loaders(options.search_batch_size)["train"])
             for step in range(options.batches):
                 uniform = draw(seed, step, len(names))
@@ -189,7 +191,7 @@ def gradient_noise(options: argparse.Namespace, run: Run, seed: int) -> dict[str
                 weights.choose(dict(zip(names, hard.tolist(), strict=True)))
                 images = next(data)["pixel_values"].to(model.device)
                 distillation_loss(model, run.network, images, run.accelerator).backward()
-                gates.append(weights.gradients()[1].double().cpu())
+                gates.append(weights.gradients().double().cpu())
                 leaves.append(uniform)
                 uppers.append(hard)
         weights.clear()

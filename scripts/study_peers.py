@@ -6,7 +6,8 @@ Weights have `--target_bits` average bits over the searchable layers (first and 
 which all tools offer. SDQ finds its bits by its search. Sony's Model Compression Toolkit (MCT) and NVIDIA's Model Optimizer
 choose among 2, 4 and 8 bits with the size that SDQ has, all layers included; Brevitas has no search and gets uniform bits.
 Then each tool's model is trained by the same loop for `--epochs`, SDQ's for those less what its search looked at; the epoch
-that is nearest to the float network on the validation split is kept.
+that is nearest to the float network on the validation split is kept. All are trained at each of the learning rates `--lrs`,
+and the one with the least KL divergence on the validation split is shown: what suits one tool ruins another.
 
 Each row is a process of its own. Time is CPU time from the float network to the trained model. Memory is the peak of the
 process above what it had before. The file is what the tool itself saves; the lines are those of the function below that a
@@ -16,6 +17,7 @@ user would write, without the training loop.
 import argparse
 import copy
 import inspect
+import itertools
 import json
 import platform
 import resource
@@ -27,7 +29,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -125,6 +127,7 @@ def main() -> None:
     parser.add_argument("--peers", nargs="+", default=list(PEERS), choices=list(PEERS))
     parser.add_argument("--images", type=int, default=512, help="for calibration and the peers' sensitivities")
     parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--lrs", type=float, nargs="+", default=[3e-3, 1e-3, 3e-4])
     parser.set_defaults(activation_bits=8, epochs=2)
     options = parser.parse_args()
     if options.one:
@@ -134,18 +137,21 @@ def main() -> None:
         # Here, so that its memory is in no row.
         train_float(options, seed, options.teacher_epochs)
         # SDQ comes first: its size is the budget of the others.
-        for peer in ("sdq", *(peer for peer in options.peers if peer != "sdq")):
+        peers = ("sdq", *(peer for peer in options.peers if peer != "sdq"))
+        for lr, peer in itertools.product(options.lrs, peers):
             content = read(options.out)
-            if any((cell["seed"], cell["peer"]) == (seed, peer) for cell in content["cells"]):
+            if any((cell["seed"], cell["peer"], cell["lr"]) == (seed, peer, lr) for cell in content["cells"]):
                 continue
-            child = [sys.executable, __file__, *sys.argv[1:], "--seeds", str(seed), "--one", peer]
+            child = [sys.executable, __file__, *sys.argv[1:], "--seeds", str(seed), "--one", peer, "--lr", str(lr)]
             done = subprocess.run(child, capture_output=True, text=True)
             found = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
             result = json.loads(found[0].removeprefix("RESULT ")) if found else {"error": done.stderr.strip()[-500:]}
-            content["cells"].append({"seed": seed, "peer": peer, "target_bits": options.target_bits, **result})
+            content["cells"].append(
+                {"seed": seed, "peer": peer, "lr": lr, "target_bits": options.target_bits, **result}
+            )
             content |= {
                 "options": {
-                    key: getattr(options, key) for key in ("model", "epochs", "lr", "teacher_epochs", "images")
+                    key: getattr(options, key) for key in ("model", "epochs", "lrs", "teacher_epochs", "images")
                 },
                 "versions": {
                     name: version(name)
@@ -161,7 +167,9 @@ def main() -> None:
 def one(options: argparse.Namespace, peer: str) -> Cell:
     """Quantize and train with one tool."""
     (seed,) = options.seeds
-    run = open_run(options, seed)
+    # Of all learning rates: the run's own has none.
+    options_of_run = argparse.Namespace(**{**vars(options), "lr": options.lrs[0]})
+    run = open_run(options_of_run, seed)
     batches = [
         (batch["pixel_values"].contiguous(), batch["labels"])
         for _, batch in zip(range(options.images // 64), run.loaders(64)["train"], strict=False)
@@ -185,7 +193,7 @@ def one(options: argparse.Namespace, peer: str) -> Cell:
     sizes = {name: m.weight.numel() for name, m in run.network.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
     # MCT's names are those of its graph.
     bits = {name: bits.get(name, bits.get(name.replace(".", "_"), 32)) for name in sizes}
-    train(run, model, epochs, peer)
+    train(run, model, epochs, options.lr, peer)
     seconds, peak = time.process_time() - started, _peak()
     if peer == "mct":
         import model_compression_toolkit as toolkit
@@ -226,9 +234,9 @@ def searched(run: Run, options: argparse.Namespace) -> tuple[SDQForImageClassifi
     return model, round(options.epochs - log.backward_images / len(run.data.splits["train"]), 2)
 
 
-def train(run: Run, model: nn.Module, epochs: float, name: str) -> None:
+def train(run: Run, model: nn.Module, epochs: float, lr: float, name: str) -> None:
     """The training loop of all rows: distillation from the float network."""
-    options = replace(run.arguments.finetune, epochs=epochs)
+    options = replace(run.arguments.finetune, epochs=epochs, lr=lr)
     with tempfile.TemporaryDirectory() as folder:
         fit(
             model,
@@ -247,7 +255,7 @@ def bits_of(model: nn.Module) -> dict[str, int]:
     """Layer -> bits of its weights, as the tool's own quantizers say."""
     if isinstance(model, SDQForImageClassification):
         strategy: Strategy = model.strategy
-        return {name: strategy[name].weight_bits for name in strategy}
+        return cast(dict[str, int], strategy.weight_bits)
     found = {}
     for name, module in model.named_modules():
         quantizer = getattr(module, "weight_quantizer", None)
@@ -283,15 +291,20 @@ def _peak() -> int:
 
 
 def table(cells: list[Cell]) -> str:
-    """Markdown: a row for each tool, mean over float networks and standard error."""
+    """Markdown: a row for each tool at its best learning rate, mean over float networks and standard error."""
     lines = [
-        "| tool | average bits | test KL, nats | test top-1, % | CPU s, before training | MB | file, kB | lines | seeds |",
-        "|" + "---|" * 9,
+        "| tool | learning rate | average bits | test KL, nats | test top-1, % | CPU s, before training | MB | file, kB | "
+        "lines | seeds |",
+        "|" + "---|" * 10,
     ]
-    groups: dict[str, list[Cell]] = {}
+    best: dict[tuple[str, int], Cell] = {}
     for cell in cells:
-        if "error" not in cell:
-            groups.setdefault(cell["peer"], []).append(cell)
+        key = cell["peer"], cell["seed"]
+        if "error" not in cell and (key not in best or cell["validation"]["kl"] < best[key]["validation"]["kl"]):
+            best[key] = cell
+    groups: dict[str, list[Cell]] = {}
+    for (peer, _), cell in best.items():
+        groups.setdefault(peer, []).append(cell)
     for peer, members in groups.items():
         columns = [
             mean_and_error([c[key] for c in members], d) for key, d in (("average_bits", 2), ("kl", 4), ("top1", 2))
@@ -300,8 +313,9 @@ def table(cells: list[Cell]) -> str:
             key: sum(c[key] for c in members) / len(members)
             for key in ("seconds", "seconds_before_training", "memory_mb", "file_bytes", "lines")
         }
+        rates = ", ".join(sorted({f"{c['lr']:g}" for c in members}))
         lines.append(
-            f"| {peer} | {' | '.join(columns)} | {means['seconds']:.0f}, {means['seconds_before_training']:.0f} | "
+            f"| {peer} | {rates} | {' | '.join(columns)} | {means['seconds']:.0f}, {means['seconds_before_training']:.0f} | "
             f"{means['memory_mb']:.0f} | {means['file_bytes'] / 1e3:.0f} | {means['lines']:.0f} | {len(members)} |"
         )
     return "\n".join(lines)

@@ -123,7 +123,7 @@ def measure(options: argparse.Namespace, run: Run, cell: Mapping[str, Any]) -> C
     found = as_found(run, strategy)
     about = {"method": method, "cost": "bitops", "budget": budget, "seconds": seconds}
     result = tuned(run, method, strategy, about, options.epochs)
-    bits = {name: strategy[name].weight_bits for name in names}
+    bits = {name: round(strategy[name].average_bits) for name in names}
     damage = sensitivities(run, run.network, options.probe_bits)
     return {
         **result,

@@ -67,12 +67,12 @@ def main() -> None:
 def measure(options: argparse.Namespace, run: Run, cell: Mapping[str, Any]) -> Cell:
     bits, model = cell["bits"], run.base
     loader = run.loaders(options.search_batch_size)["train"]
-    descent = Descent(model.strategy, get_cost("bits"), [bits - 1], model.config.candidates)
+    descent = Descent(model.strategy, get_cost("bits"), [bits - 1], model.config.candidates, bits)
     task = Task(model, descent, loader, run.network, cell["seed"], 0.0, 10**6, SearchLog(), run.accelerator, None, None)
     truth = true_damages(run, model, descent.names, bits)
-    sides = both_sides(task, bits, options.batches)
+    sides = both_sides(task, options.batches)
     layers, traces = model.quantized_layers(), hessian_traces(task, 512, 8)
-    errors = quantization_errors(model, descent.names, [bits - 1, bits])
+    errors = quantization_errors(model, descent)
 
     def growth(name: str) -> float:
         """Of the squared error, in the weights' own unit."""
@@ -129,16 +129,15 @@ def true_damages(run: Run, model: SDQForImageClassification, names: list[str], b
     return found
 
 
-def both_sides(task: Task, bits: int, batches: int) -> dict[str, Values]:
+def both_sides(task: Task, batches: int) -> dict[str, Values]:
     """Estimates of each layer's damage from its draws: upper, lower, two_sided, simpson, mix."""
     model, names = task.model, task.descent.names
     teacher: nn.Module = task.float_network()
-    weights = StochasticWeights(model)
+    weights = StochasticWeights(model, task.descent)
     places = (1.0, 0.5, 0.0)
     seen: dict[str, dict[float, list[float]]] = {name: {share: [] for share in places} for name in names}
     with searching(model):
-        for name in names:
-            weights.set(name, bits, bits - 1)
+        weights.start()
         data = task.batches()
         for step in range(batches):
             thirds = (3 * draw(task.seed, step, len(names))).int().tolist()
@@ -146,7 +145,7 @@ def both_sides(task: Task, bits: int, batches: int) -> dict[str, Values]:
             weights.choose(drawn)
             images = next(data)["pixel_values"].to(model.device)
             distillation_loss(model, teacher, images, task.accelerator).backward()
-            for name, gradient in zip(*weights.gradients(), strict=True):
+            for name, gradient in zip(names, weights.gradients(), strict=True):
                 seen[name][drawn[name]].append(-gradient.item())
     weights.clear()
     upper, middle, lower = ({n: statistics.fmean(seen[n][share]) for n in names} for share in places)

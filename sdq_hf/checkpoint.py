@@ -105,9 +105,12 @@ def _check_digest(files: Sequence[str]) -> None:
 
 
 def check_scale(name: str, scale: Tensor, field: str = "weight scale") -> None:
-    """A scale (0-d) of layer `name` that is above 0 and finite; else `CheckpointError`."""
-    if not (scale.item() > 0 and scale.isfinite()):
-        raise CheckpointError(f"Layer {name!r}: its {field} must be above 0 and finite, got {scale.item()}.")
+    """A scale (of any shape) of layer `name` that is above 0 and finite; else `CheckpointError`."""
+    wrong = scale[~((scale > 0) & scale.isfinite())]
+    if wrong.numel():
+        raise CheckpointError(
+            f"Layer {name!r}: its {field} must be above 0 and finite, got {wrong.view(-1)[0].item()}."
+        )
 
 
 def check_inputs(name: str, inputs: ActivationQuantizer) -> None:

@@ -18,7 +18,7 @@ from .checkpoint import DIGEST
 from .configuration_sdq import SDQConfig
 from .costs import bitops_text
 from .layers import PACKED, is_quantizer_state
-from .strategy import FLOAT_BITS, LayerBits, Strategy
+from .strategy import FLOAT_BITS, LayerBits, Strategy, bits_text
 
 _MODEL_HELP = "Folder of a saved model, or Hub id; a revision may follow after @, as in org/resnet18-sdq@w2.5."
 
@@ -134,8 +134,7 @@ def _push(options: argparse.Namespace) -> int:
 def _bits(layer: LayerBits | None) -> str:
     if layer is None:
         return "absent"
-    weights, inputs = ("float" if n == FLOAT_BITS else n for n in (layer.weight_bits, layer.activation_bits))
-    return f"W{weights} A{inputs}"
+    return f"W{bits_text(layer.weight_bits)} A{bits_text(layer.activation_bits)}"
 
 
 def _split(model: str) -> tuple[str, str | None]:

@@ -15,7 +15,7 @@ from .quantizers.grids import GRIDS
 from .quantizers.weight import FORMS
 from .strategy import FLOAT_BITS, Strategy, short
 
-GRANULARITIES = ("layer",)
+GRANULARITIES = ("layer", "block", "net", "kernel")
 
 
 class SDQConfig(PretrainedConfig):
@@ -30,7 +30,8 @@ class SDQConfig(PretrainedConfig):
             processor reads it, and BitOPs are counted at its `input_size`.
         base_model (`str`, *optional*): Hub id of the pretrained float model that this one was made from, for the card.
         candidates (`list[int]`): bitwidths a searchable layer can have, each 1 to 8, gaps allowed (`[2, 4, 8]`).
-        granularity (`str`): what shares one bitwidth; "layer".
+        granularity (`str`): what shares one bitwidth in a search: "layer", "block" (timm's, as for layer decay), "net", or
+            "kernel": each output channel has its own, and a scale of its own; needs the weight quantizer "lsq".
         weight_quantizer (`str`): "lsq", "dorefa" (the paper's form) or "entropy".
         weight_grid (`str`): "midrise" or "twos_complement".
         activation_bits (`int`): bits of the inputs of all layers between the first and the last, 1 to 8, or 32 for float.
@@ -84,6 +85,8 @@ class SDQConfig(PretrainedConfig):
         _one_of("granularity", self.granularity, GRANULARITIES)
         _one_of("weight_quantizer", self.weight_quantizer, FORMS)
         _one_of("weight_grid", self.weight_grid, GRIDS)
+        if self.granularity == "kernel" and self.weight_quantizer != "lsq":
+            raise ValueError(f"granularity 'kernel' needs weight_quantizer 'lsq', got {self.weight_quantizer!r}.")
         _check_architecture(self.architecture)
         if self.base_model is not None and not isinstance(self.base_model, str):
             raise ValueError(f"base_model must be a Hub id, got {self.base_model!r}.")

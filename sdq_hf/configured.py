@@ -42,7 +42,12 @@ def initial_strategy(config: SDQConfig, network: nn.Module) -> Strategy:
         if bits == FLOAT_BITS:
             activation_bits = FLOAT_BITS
         weights = sum(p.numel() for key, p in layers[name].named_parameters() if key == "weight")
-        result[name] = LayerBits(bits, activation_bits, weights, macs[name], is_end or pin is not None)
+        pinned = is_end or pin is not None
+        channels = cast(Tensor, layers[name].weight).shape[0]
+        per_channel = config.granularity == "kernel" and not pinned
+        result[name] = LayerBits(
+            (bits,) * channels if per_channel else bits, activation_bits, weights, macs[name], pinned
+        )
     for pattern in config.pins:
         if not fnmatch.filter(names, pattern):
             raise ValueError(f"pins: no layer of {config.architecture} matches {pattern!r}, e.g. {names[:3]}.")
@@ -67,7 +72,13 @@ def fitting_strategy(config: SDQConfig, network: nn.Module) -> tuple[Strategy, l
     for name, module in layers.items():
         if name not in strategy:
             raise ValueError(f"strategy of {architecture}: it lacks the layer {name!r}.")
-        layer, weights = strategy[name], cast(Tensor, module.weight).numel()
+        layer, weight = strategy[name], cast(Tensor, module.weight)
+        weights, bits = weight.numel(), layer.weight_bits
+        if isinstance(bits, tuple) and (config.granularity != "kernel" or len(bits) != weight.shape[0]):
+            raise ValueError(
+                f"strategy of {architecture}: layer {name!r} has bits for {len(bits)} output channels, of {weight.shape[0]}, "
+                f"in a model of granularity {config.granularity!r}."
+            )
         if layer.num_weights == weights:
             continue
         if module not in heads:

@@ -5,13 +5,13 @@ every layer.
 """
 
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from .packing import packed_size
 from .strategy import FLOAT_BITS, LayerBits, Strategy, short, unknown_layer
 
 # Per multiply-accumulate, measured by synthesis; the file says how.
@@ -20,7 +20,7 @@ LUT_TABLE = Path(__file__).with_name("cost_tables") / "lut.json"
 
 @dataclass(frozen=True)
 class Cost:
-    """`sum_l layer(name, layer_bits) / per(strategy) + fixed`, in `unit`s.
+    """`sum_l layer(name, layer_bits) / per(strategy) + fixed`, in `unit`s. `layer` is given layers with one bitwidth.
 
     A budget b of it allows a sum of at most `limit(b)`; `limit` is its own inverse (b itself, or 1 / b for "compression").
     A strategy that is found spends at least `limit(b) - tolerance(limit(b))`.
@@ -36,11 +36,21 @@ class Cost:
 
     def total(self, strategy: Strategy) -> float:
         """The sum; `ValueError` that names the layer where a table lacks one."""
-        return sum(self.layer(name, layer) for name, layer in strategy.items()) / self.per(strategy) + self.fixed
+        return sum(self._of(name, layer) for name, layer in strategy.items()) / self.per(strategy) + self.fixed
 
-    def of_layer(self, strategy: Strategy, name: str, bits: int) -> float:
-        """What layer `name` of `strategy` would cost at `bits`."""
-        return self.layer(name, replace(strategy[name], weight_bits=bits)) / self.per(strategy)
+    def of_layer(self, strategy: Strategy, name: str, bits: int | None = None) -> float:
+        """What layer `name` of `strategy` costs, or would cost at `bits`."""
+        layer = strategy[name] if bits is None else replace(strategy[name], weight_bits=bits)
+        return self._of(name, layer) / self.per(strategy)
+
+    def _of(self, name: str, layer: LayerBits) -> float:
+        """One layer's part of the sum; the mean over its channels, where each has bits of its own."""
+        bits = layer.weight_bits
+        if isinstance(bits, int):
+            return self.layer(name, layer)
+        return sum(
+            count * self.layer(name, replace(layer, weight_bits=width)) for width, count in Counter(bits).items()
+        ) / len(bits)
 
     def of_uniform(self, strategy: Strategy, bits: float) -> float:
         """The budget that uniform `bits`, 1 to 8, use up; between whole numbers on the line that joins them."""
@@ -65,19 +75,19 @@ COSTS: dict[str, Cost] = {
         Cost(
             "bits",
             "average bits",
-            lambda name, x: 0 if x.pinned else x.num_weights * x.weight_bits,
+            lambda name, x: 0 if x.pinned else x.total_bits,
             per=_searchable_weights,
             tolerance=lambda limit: 0.05,
         ),
-        Cost("bytes", "bytes of packed weights", lambda name, x: packed_size(x.num_weights, x.weight_bits)),
+        Cost("bytes", "bytes of packed weights", lambda name, x: x.num_bytes),
         Cost(
             "compression",
             "x compression of the weights",
-            lambda name, x: x.num_weights * x.weight_bits,
+            lambda name, x: x.total_bits,
             per=lambda strategy: FLOAT_BITS * _weights(strategy),
             limit=lambda budget: 1 / budget,
         ),
-        Cost("bitops", "BitOPs", lambda name, x: x.macs * x.weight_bits * x.activation_bits),
+        Cost("bitops", "BitOPs", lambda name, x: x.bitops),
     )
 }
 

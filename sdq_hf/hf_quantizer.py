@@ -12,7 +12,6 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .checkpoint import DIGEST, check_files, check_scale, digest
 from .layers import PACKED, quantized_layers
-from .packing import pack, packed_size, unpack, unpack_parts
 
 # Where a layer's weight shape and type, and whether it has a bias, are kept while the weight itself is away.
 _AWAY = "_sdq_away"
@@ -47,8 +46,7 @@ class SDQHfQuantizer(HfQuantizer):
         state = model.state_dict()
         for name, layer in quantized_layers(model).items():
             del state[f"{name}.weight"]
-            codes = layer.weight_quantizer.codes(layer.weight.detach())
-            state[f"{name}.{PACKED}"] = pack(codes, layer.weight_quantizer.bits)
+            state[f"{name}.{PACKED}"] = layer.weight_quantizer.pack(layer.weight.detach())
         return {**state, DIGEST: torch.tensor(list(digest(state)), dtype=torch.uint8)}, {}
 
     def _process_model_before_weight_loading(
@@ -61,7 +59,7 @@ class SDQHfQuantizer(HfQuantizer):
                 # Nothing of the file is for it, and its bias would be taken in the file's size.
                 layer.bias = None
             else:
-                size = packed_size(layer.weight.numel(), layer.weight_quantizer.bits)
+                size = layer.weight_quantizer.packed_size(layer.weight.numel())
                 layer.register_buffer(PACKED, torch.empty(size, dtype=torch.uint8, device=layer.weight.device))
             del layer.weight
         if checkpoint_files:
@@ -78,17 +76,14 @@ class SDQHfQuantizer(HfQuantizer):
                 layer.weight = nn.Parameter(torch.empty(shape, dtype=dtype, device=quantizer.scale.device))
                 layer.bias = nn.Parameter(layer.weight.new_empty(shape[0])) if has_bias else None
                 layer.reset_parameters()  # type: ignore[operator]
-                quantizer.set_bits(quantizer.bits, layer.weight)
+                quantizer.fit_scale(layer.weight)
                 continue
             packed = layer._buffers.pop(PACKED)
             assert packed is not None
+            weight = quantizer.unpack(packed, shape)
+            # Weights that are normalised by all of them stay in float32 whatever the rest has.
             if quantizer.form == "lsq":
-                weight = torch.empty(shape, dtype=dtype, device=packed.device)
-                for start, codes in unpack_parts(packed, quantizer.bits, shape.numel()):
-                    weight.view(-1)[start : start + codes.numel()] = quantizer.from_codes(codes)
-            else:
-                # In float32 whatever the rest has: these weights are normalised by all of them.
-                weight = quantizer.latent(unpack(packed, quantizer.bits, shape.numel()).view(shape))
+                weight = weight.to(dtype)
             layer.weight = nn.Parameter(weight)
             quantizer.mark_quantized(layer.weight)
         return model

@@ -13,7 +13,6 @@ from timm.layers import Conv2dSame
 from timm.layers.conv2d_same import conv2d_same
 from torch import Tensor, nn
 
-from .packing import unpack
 from .quantizers import ActivationQuantizer, WeightQuantizer
 from .strategy import FLOAT_BITS, LayerBits, Strategy, unknown_layer
 
@@ -56,10 +55,10 @@ class QuantizedLayer(nn.Module):
         # `load_state_dict` takes the tensors of a packed file too, as transformers' Trainer hands them over.
         if prefix + PACKED in state_dict and not self.has_float_weight:
             quantizer = self.weight_quantizer
-            codes = unpack(state_dict.pop(prefix + PACKED), quantizer.bits, self.weight.numel())
+            packed = state_dict.pop(prefix + PACKED)
             with torch.no_grad():
                 quantizer.scale.copy_(state_dict[f"{prefix}weight_quantizer.scale"])
-            state_dict[f"{prefix}weight"] = quantizer.latent(codes.to(self.weight.device).view(self.weight.shape))
+                state_dict[f"{prefix}weight"] = quantizer.unpack(packed.to(self.weight.device), self.weight.shape)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -177,6 +177,11 @@ class SDQForImageClassification(PackedFilesMixin):
         for name, layer in strategy.items():
             if (layer.weight_bits == FLOAT_BITS) != (current[name].weight_bits == FLOAT_BITS):
                 raise ValueError(f"Layer {name!r}: whether a layer is float is decided at creation, by `pins`.")
+            if isinstance(layer.weight_bits, tuple) != isinstance(current[name].weight_bits, tuple):
+                raise ValueError(
+                    f"Layer {name!r}: bits for each output channel are for a model of granularity 'kernel', this one is of "
+                    f"{self.config.granularity!r}."
+                )
             if layer.num_weights != current[name].num_weights:
                 raise ValueError(
                     f"Layer {name!r} has {current[name].num_weights} weights, {layer.num_weights} in the strategy: that is "
@@ -198,7 +203,7 @@ class SDQForImageClassification(PackedFilesMixin):
             )
         self.timm_model.load_state_dict({**own, **state})
         for layer in self.quantized_layers().values():
-            layer.weight_quantizer.set_bits(layer.weight_quantizer.bits, layer.weight)
+            layer.weight_quantizer.fit_scale(layer.weight)
         self._forget_steps()
 
     def float_twin(self) -> nn.Module:

@@ -156,7 +156,7 @@ class PackedFilesMixin(PreTrainedModel):
         packed = {f"{name}.weight" for name in quantized_layers(self.timm_model)}
         rest = sum(t.numel() * t.element_size() for k, t in self.timm_model.state_dict().items() if k not in packed)
         quantized = [x for x in self.strategy.values() if x.weight_bits != FLOAT_BITS]
-        return rest + sum(x.num_weights * x.weight_bits for x in quantized) // 8
+        return rest + sum(x.total_bits for x in quantized) // 8
 
 
 def weight_file_bytes(folder: str | os.PathLike) -> int:

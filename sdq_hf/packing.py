@@ -5,7 +5,8 @@ stands in bits `i*b .. i*b + b - 1` of the stream, and bit j of the stream is bi
 is filled up with zeros. A file is as small as the bitwidth says, odd bitwidths too.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -66,6 +67,39 @@ def _unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     words = (bytes_ << (torch.arange(bits, device=packed.device) * 8)).sum(dim=1)
     codes = (words[:, None] >> (torch.arange(8, device=packed.device) * bits)) & (2**bits - 1)
     return codes.reshape(-1)[:count].to(torch.uint8)
+
+
+def pack_channels(codes: Tensor, bits: Sequence[int]) -> Tensor:
+    """Pack `codes` [C, ...], whose channel c has `bits[c]` bits, into one stream without gaps (uint8).
+
+    Channels of one bitwidth stand together, fewest bits first, and in their own order among themselves.
+    """
+    parts = [_to_bits(codes[rows], width) for width, rows in channels_by_bits(bits)]
+    return pack(torch.cat(parts), 1)
+
+
+def unpack_channels(packed: Tensor, bits: Sequence[int], shape: Sequence[int]) -> Tensor:
+    """The inverse of `pack_channels`: codes (uint8) of `shape` [C, ...]."""
+    count = math.prod(shape[1:])
+    stream = unpack(packed, 1, count * sum(bits))
+    codes = torch.empty(shape, dtype=torch.uint8, device=packed.device)
+    for width, rows in channels_by_bits(bits):
+        size = len(rows) * count * width
+        places = (2 ** torch.arange(width, device=packed.device)).to(torch.uint8)
+        codes[rows] = (stream[:size].view(-1, width) * places).sum(-1, dtype=torch.uint8).view(len(rows), *shape[1:])
+        stream = stream[size:]
+    return codes
+
+
+def channels_by_bits(bits: Sequence[int]) -> list[tuple[int, list[int]]]:
+    """Each bitwidth in `bits`, fewest first, with the numbers of the channels that have it."""
+    return [(width, [c for c, b in enumerate(bits) if b == width]) for width in sorted(set(bits))]
+
+
+def _to_bits(codes: Tensor, width: int) -> Tensor:
+    """Bits (0 or 1) of each code, lowest first, one after the other."""
+    places = torch.arange(width, device=codes.device)
+    return ((codes.reshape(-1, 1).to(torch.int64) >> places) & 1).reshape(-1)
 
 
 def _check_bits(bits: int) -> None:

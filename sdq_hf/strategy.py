@@ -7,39 +7,73 @@ from difflib import get_close_matches
 from functools import cached_property
 from typing import Any
 
-from .packing import packed_size
-
 FLOAT_BITS = 32
 # More than any network has; a file from the Hub could name millions.
 MAX_LAYERS = 10_000
+MAX_CHANNELS = 100_000
 
 
 @dataclass(frozen=True)
 class LayerBits:
     """One layer: its bits, and the sizes that costs are computed from.
 
-    weight_bits: 1 to 8, or 32 for a layer that stays float. activation_bits: bits of the layer's input, 1 to 8, or 32 for
+    weight_bits: 1 to 8, or 32 for a layer that stays float; a tuple with 1 to 8 for each output channel where each has its
+    own (granularity "kernel"). activation_bits: bits of the layer's input, 1 to 8, or 32 for
     float. num_weights: weights without bias. macs: multiply-accumulates for one image at the configured image size.
     pinned: outside the search (first and last layer, and pins).
     """
 
-    weight_bits: int
+    weight_bits: int | tuple[int, ...]
     activation_bits: int
     num_weights: int
     macs: int
     pinned: bool = False
 
     def __post_init__(self) -> None:
-        for field in ("weight_bits", "activation_bits"):
-            bits = getattr(self, field)
-            if not isinstance(bits, int) or isinstance(bits, bool) or not (1 <= bits <= 8 or bits == FLOAT_BITS):
-                raise ValueError(f"{field} must be 1 to 8, or {FLOAT_BITS} for float, got {short(bits)}.")
+        if isinstance(self.weight_bits, tuple):
+            if not self.weight_bits or not all(_is_bits(bits) and bits != FLOAT_BITS for bits in self.weight_bits):
+                raise ValueError(f"weight_bits of channels must be 1 to 8 each, got {short(self.weight_bits)}.")
+        elif not _is_bits(self.weight_bits):
+            raise ValueError(f"weight_bits must be 1 to 8, or {FLOAT_BITS} for float, got {short(self.weight_bits)}.")
+        if not _is_bits(self.activation_bits):
+            raise ValueError(
+                f"activation_bits must be 1 to 8, or {FLOAT_BITS} for float, got {short(self.activation_bits)}."
+            )
         for field in ("num_weights", "macs"):
             value = getattr(self, field)
             if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= 10**15:
                 raise ValueError(f"{field} must be a whole number >= 0, got {short(value)}.")
         if not isinstance(self.pinned, bool):
             raise ValueError(f"pinned must be true or false, got {short(self.pinned)}.")
+        if isinstance(self.weight_bits, tuple) and (self.num_weights % (n := len(self.weight_bits)) or self.macs % n):
+            raise ValueError(
+                f"num_weights {self.num_weights} and macs {self.macs} must be multiples of its {n} channels."
+            )
+
+    @property
+    def total_bits(self) -> int:
+        """Bits of all weights."""
+        if isinstance(self.weight_bits, tuple):
+            return self.num_weights // len(self.weight_bits) * sum(self.weight_bits)
+        return self.num_weights * self.weight_bits
+
+    @property
+    def average_bits(self) -> float:
+        """Of a weight."""
+        bits = self.weight_bits
+        return sum(bits) / len(bits) if isinstance(bits, tuple) else float(bits)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the packed weights, filled up to a whole byte."""
+        return (self.total_bits + 7) // 8
+
+    @property
+    def bitops(self) -> int:
+        """MACs * weight bits * activation bits for one image."""
+        if isinstance(self.weight_bits, tuple):
+            return self.macs // len(self.weight_bits) * sum(self.weight_bits) * self.activation_bits
+        return self.macs * self.weight_bits * self.activation_bits
 
     @property
     def is_float(self) -> bool:
@@ -84,7 +118,7 @@ class Strategy(Mapping[str, LayerBits]):
     # Bits --------------------------------------------------------------------------------------------------------
 
     @property
-    def weight_bits(self) -> dict[str, int]:
+    def weight_bits(self) -> dict[str, int | tuple[int, ...]]:
         return {name: layer.weight_bits for name, layer in self.layers}
 
     @property
@@ -92,21 +126,25 @@ class Strategy(Mapping[str, LayerBits]):
         """Names of the layers that are not pinned."""
         return tuple(name for name, layer in self.layers if not layer.pinned)
 
-    def with_bits(self, bits: int | Mapping[str, int]) -> "Strategy":
+    def with_bits(self, bits: int | Mapping[str, int | tuple[int, ...]]) -> "Strategy":
         """A copy with other weight bits: one number for every searchable layer, or layer name -> bits.
 
-        Raises `KeyError` for an unknown layer, `ValueError` for bits that are not 1 to 8 (or 32).
+        A number is for all channels of a layer whose channels have bits of their own. Raises `KeyError` for an unknown layer,
+        `ValueError` for bits that are not 1 to 8 (or 32).
         """
-        changes = dict.fromkeys(self.searchable, bits) if isinstance(bits, int) else dict(bits)
+        changes: dict[str, Any] = dict.fromkeys(self.searchable, bits) if isinstance(bits, int) else dict(bits)
         names = [name for name, _ in self.layers]
         for name in changes:
             if name not in names:
                 raise KeyError(unknown_layer(name, names))
-        return Strategy(
-            tuple(
-                (name, replace(layer, weight_bits=changes.get(name, layer.weight_bits))) for name, layer in self.layers
-            )
-        )
+
+        def changed(name: str, layer: LayerBits) -> LayerBits:
+            width = changes.get(name, layer.weight_bits)
+            if isinstance(width, int) and width != FLOAT_BITS and isinstance(layer.weight_bits, tuple):
+                width = (width,) * len(layer.weight_bits)
+            return replace(layer, weight_bits=width)
+
+        return Strategy(tuple((name, changed(name, layer)) for name, layer in self.layers))
 
     # Costs -------------------------------------------------------------------------------------------------------
 
@@ -116,7 +154,7 @@ class Strategy(Mapping[str, LayerBits]):
     def average_bits(self, include_pinned: bool = False) -> float:
         """sum N_l b_l / sum N_l over the searchable layers, or over all with `include_pinned`."""
         layers = self._counted(include_pinned) or self._counted(True)
-        return sum(x.num_weights * x.weight_bits for x in layers) / sum(x.num_weights for x in layers)
+        return sum(x.total_bits for x in layers) / sum(x.num_weights for x in layers)
 
     def compression(self, include_pinned: bool = True) -> float:
         """32 / average bits: how many times smaller the weights are than float32."""
@@ -124,17 +162,24 @@ class Strategy(Mapping[str, LayerBits]):
 
     def weight_bytes(self, include_pinned: bool = True) -> int:
         """Bytes of the packed weights, each layer filled up to a whole byte."""
-        return sum(packed_size(x.num_weights, x.weight_bits) for x in self._counted(include_pinned))
+        return sum(x.num_bytes for x in self._counted(include_pinned))
 
     def bitops(self, include_pinned: bool = True) -> int:
         """sum MACs * weight bits * activation bits for one image (METHOD 6.7)."""
-        return sum(x.macs * x.weight_bits * x.activation_bits for x in self._counted(include_pinned))
+        return sum(x.bitops for x in self._counted(include_pinned))
 
     # JSON and text -----------------------------------------------------------------------------------------------
 
     def to_json(self) -> list[dict[str, Any]]:
-        """A plain list that JSON can hold: a list, since transformers sorts the keys of a mapping in config.json."""
-        return [{"layer": name, **asdict(layer)} for name, layer in self.layers]
+        """A plain list that JSON can hold: a list, since transformers sorts the keys of a mapping in config.json.
+
+        Bits of channels are a text with a digit for each.
+        """
+        entries = [{"layer": name, **asdict(layer)} for name, layer in self.layers]
+        for entry in entries:
+            if isinstance(entry["weight_bits"], tuple):
+                entry["weight_bits"] = "".join(map(str, entry["weight_bits"]))
+        return entries
 
     @classmethod
     def from_json(cls, data: list[dict[str, Any]] | str) -> "Strategy":
@@ -158,13 +203,16 @@ class Strategy(Mapping[str, LayerBits]):
                 raise ValueError(f"A strategy's layers have printable names, got {short(name)}.")
             if name in layers:
                 raise ValueError(f"A strategy names each layer once, got {short(name)} again.")
+            digits = values["weight_bits"]
+            if isinstance(digits, str) and len(digits) <= MAX_CHANNELS and digits.isascii() and digits.isdigit():
+                values["weight_bits"] = tuple(int(digit) for digit in digits)
             try:
                 layers[name] = LayerBits(**values)
             except ValueError as error:
                 raise ValueError(f"Strategy, layer {short(name)}: {error}") from None
         return cls.of(layers)
 
-    def diff(self, other: "Strategy") -> dict[str, tuple[int | None, int | None]]:
+    def diff(self, other: "Strategy") -> dict[str, tuple[Any, Any]]:
         """Layers whose weight bits differ: name -> (bits here, bits in `other`), None where a side lacks the layer."""
         mine, theirs = self.weight_bits, other.weight_bits
         names = list(mine) + [name for name in theirs if name not in mine]
@@ -175,8 +223,8 @@ class Strategy(Mapping[str, LayerBits]):
         width = max([len("layer")] + [len(name) for name in self])
         lines = [f"{'layer':{width}}  W bits  A bits  {'weights':>10}  {'MACs':>13}"]
         for name, x in self.layers:
-            a_bits = "float" if x.activation_bits == FLOAT_BITS else str(x.activation_bits)
-            w_bits = "float" if x.weight_bits == FLOAT_BITS else str(x.weight_bits)
+            a_bits = bits_text(x.activation_bits)
+            w_bits = bits_text(x.weight_bits)
             pin = "  pinned" if x.pinned else ""
             lines.append(f"{name:{width}}  {w_bits:>6}  {a_bits:>6}  {x.num_weights:>10,}  {x.macs:>13,}{pin}")
         lines.append(
@@ -187,6 +235,17 @@ class Strategy(Mapping[str, LayerBits]):
         return "\n".join(lines)
 
     __str__ = table
+
+
+def bits_text(bits: int | tuple[int, ...]) -> str:
+    """`3`, `float`, or for channels with bits of their own their mean, `~2.41`."""
+    if isinstance(bits, tuple):
+        return f"~{sum(bits) / len(bits):.2f}"
+    return "float" if bits == FLOAT_BITS else str(bits)
+
+
+def _is_bits(bits: Any) -> bool:
+    return isinstance(bits, int) and not isinstance(bits, bool) and (1 <= bits <= 8 or bits == FLOAT_BITS)
 
 
 def short(value: Any, longest: int = 100) -> str:

@@ -12,7 +12,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from ..costs import bitops_text
 from ..modeling_sdq import SDQForImageClassification
 from ..packed_files import REMOTE_CODE, weight_file_bytes
-from ..strategy import FLOAT_BITS
+from ..strategy import FLOAT_BITS, bits_text
 
 # The picture's file in the folder `plots/`, and what it shows.
 PICTURES = {
@@ -113,7 +113,7 @@ def create_card(
         pictures=pictures,
         remote_code=(folder / REMOTE_CODE).exists(),
         kilobytes=lambda size: f"{size / 1e3:,.1f} kB",
-        bits=lambda bits: "float" if bits == FLOAT_BITS else bits,
+        bits=bits_text,
         **facts,
     )
 

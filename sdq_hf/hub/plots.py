@@ -11,7 +11,7 @@ from ..costs import bitops_text, bitops_unit
 from ..layers import QuantizedLayer
 from ..modeling_sdq import SDQForImageClassification
 from ..quantizers.grids import extremes, half_range, spacing
-from ..quantizers.weight import normalise
+from ..quantizers.weight import channel_parts, normalise, quantize_to_integers
 from ..strategy import Strategy
 from ..writing import write_beside
 
@@ -65,7 +65,7 @@ def figure_bits(strategies: Mapping[str, Strategy]) -> Figure:
     for axis, (title, strategy) in zip(axes, strategies.items(), strict=False):
         method = COLOURS.get(title.split("-")[0], COLOURS["sdq"])
         colours = [_PINNED if layer.pinned else method for layer in strategy.values()]
-        axis.bar(places, list(strategy.weight_bits.values()), color=colours)
+        axis.bar(places, [layer.average_bits for layer in strategy.values()], color=colours)
         axis.set(ylim=(0, 8.5), yticks=[2, 4, 6, 8], ylabel="bits")
         axis.set_title(
             f"{title}: {strategy.average_bits():.2f} average bits, {bitops_text(strategy.bitops())} (grey: pinned)",
@@ -82,22 +82,22 @@ def figure_bits(strategies: Mapping[str, Strategy]) -> Figure:
     return figure
 
 
-def figure_descent(logs: Mapping[str, Mapping[str, Any]], strategy: Strategy) -> Figure:
+def figure_descent(logs: Mapping[str, Mapping[str, Any]]) -> Figure:
     """Cost over the batches of each search (`SearchLog.to_json()`), its budgets dashed, above the bits of its layers.
 
-    A cost other than average bits is drawn beside the average bits, which `strategy` gives the layers' sizes for.
+    A cost other than average bits is drawn beside the average bits.
     """
     if not logs or not all(log["moves"] for log in logs.values()):
         raise ValueError("No search with a step to plot.")
     layers = max(len(log["start"]) for log in logs.values())
-    height = 2.2 + max(2.0, 0.16 * layers)
+    height = 2.2 + min(max(2.0, 0.16 * layers), 16.0)
     figure = Figure(figsize=(8, height * len(logs)), layout="constrained")
     panels = figure.subplots(2 * len(logs), 1, squeeze=False, height_ratios=[2.2, height - 2.2] * len(logs))[:, 0]
     for i, (title, log) in enumerate(logs.items()):
         above, below = panels[2 * i], panels[2 * i + 1]
         _plot_cost(above, title, log)
         if log["cost"] != "bits":
-            _plot_average_bits(above.twinx(), log, strategy)
+            _plot_average_bits(above.twinx(), log)
         _plot_layers(below, figure, log)
         above.sharex(below)
     return figure
@@ -117,13 +117,9 @@ def _plot_cost(axis: Any, title: str, log: Mapping[str, Any]) -> None:
     axis.grid(alpha=0.3)
 
 
-def _plot_average_bits(axis: Any, log: Mapping[str, Any], strategy: Strategy) -> None:
-    now = strategy.with_bits(log["start"])
-    batches, averages = [0], [now.average_bits()]
-    for move in log["moves"]:
-        now = now.with_bits({move["layer"]: move["to"]})
-        batches.append(move["batch"])
-        averages.append(now.average_bits())
+def _plot_average_bits(axis: Any, log: Mapping[str, Any]) -> None:
+    batches = [0, *(move["batch"] for move in log["moves"])]
+    averages = [log["start_average_bits"], *(move["average_bits"] for move in log["moves"])]
     axis.step(batches, averages, where="post", color=COLOURS["greedy"], linewidth=1)
     axis.set_ylabel("average bits", color=COLOURS["greedy"])
 
@@ -137,7 +133,9 @@ def _plot_layers(axis: Any, figure: Figure, log: Mapping[str, Any]) -> None:
     image = axis.imshow(
         bits, aspect="auto", interpolation="nearest", cmap="viridis", vmin=1, vmax=8, extent=(0, last, len(names), 0)
     )
-    axis.set_yticks(np.arange(len(names)) + 0.5, names, fontsize=6)
+    # Of more layers than there is room for, every so many get their name.
+    shown = slice(None, None, -(-len(names) // 100))
+    axis.set_yticks((np.arange(len(names)) + 0.5)[shown], names[shown], fontsize=6)
     axis.set_xlabel("batches")
     figure.colorbar(image, ax=axis, label="bits", ticks=range(1, 9))
 
@@ -196,21 +194,24 @@ def figure_weights(model: SDQForImageClassification, count: int = 6) -> Figure:
     figure = Figure(figsize=(9, 2.2 * rows), layout="constrained")
     axes = figure.subplots(rows, 2, squeeze=False).ravel()
     for axis, name in zip(axes, names, strict=False):
-        _plot_layer_weights(axis, layers[name])
-        bits = strategy[name].weight_bits
-        axis.set_title(f"{name}: {bits} bit{'s' * (bits > 1)}, levels in orange", fontsize=9, loc="left")
+        title = _plot_layer_weights(axis, layers[name])
+        axis.set_title(f"{name}: {title}, levels in orange", fontsize=9, loc="left")
     for axis in axes[len(names) :]:
         axis.set_axis_off()
     return figure
 
 
-def _plot_layer_weights(axis: Any, layer: QuantizedLayer) -> None:
-    quantizer, weight = layer.weight_quantizer, layer.weight.detach().float().cpu()
-    grid, bits, scale = quantizer.grid, quantizer.bits, quantizer.scale.detach().cpu()
+def _plot_layer_weights(axis: Any, layer: QuantizedLayer) -> str:
+    """Draws a layer, or of one whose channels have bits of their own those with the commonest; gives their bits as text."""
+    quantizer = layer.weight_quantizer
+    parts = channel_parts(layer.weight.detach().float().cpu(), quantizer.bits, quantizer.scale.detach().cpu())
+    weight, bits, scale, rows = max(parts, key=lambda part: part[0].numel())
+    grid = quantizer.grid
     low, high = extremes(grid, bits)
     levels = np.arange(low, high + 1, spacing(grid, bits)) / half_range(grid, bits)
     if quantizer.is_quantized(layer.weight):
-        values = (quantizer.integers(layer.weight).detach().cpu() / half_range(grid, bits)).flatten().numpy()
+        integers = quantize_to_integers(weight, quantizer.form, grid, bits, scale)
+        values = (integers / half_range(grid, bits)).flatten().numpy()
         gap = spacing(grid, bits) / half_range(grid, bits)
         heights, _ = np.histogram(values, bins=np.append(levels - gap / 2, levels[-1] + gap / 2))
         axis.bar(levels, heights, width=0.8 * gap, color=_WEIGHTS)
@@ -219,14 +220,16 @@ def _plot_layer_weights(axis: Any, layer: QuantizedLayer) -> None:
     for level in levels:
         axis.axvline(level, color=COLOURS["sdq"], linewidth=0.8)
     axis.set_yticks([])
+    of = "" if rows is None else f" ({len(rows)} of {layer.weight.shape[0]} channels)"
+    return f"{bits} bit{'s' * (bits > 1)}{of}"
 
 
 def plot_bits(strategies: Mapping[str, Strategy], path: str | Path) -> None:
     _save(figure_bits(strategies), path)
 
 
-def plot_descent(logs: Mapping[str, Mapping[str, Any]], strategy: Strategy, path: str | Path) -> None:
-    _save(figure_descent(logs, strategy), path)
+def plot_descent(logs: Mapping[str, Mapping[str, Any]], path: str | Path) -> None:
+    _save(figure_descent(logs), path)
 
 
 def plot_accuracy(rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:

@@ -3,26 +3,26 @@
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class KeepsPositive:
-    """Mixin of a quantizer with one learned 0-d scale: at each use it is at least a hundredth of what it was when fitted.
+    """Mixin of a quantizer with a learned scale, of any shape: it stays above a hundredth of what it was when fitted.
 
     An optimizer with a constant step length, as Adam's, could carry a small one past zero.
     """
 
-    _least: float | None = None
+    _least: Tensor | None = None
 
     @torch.no_grad()
     def keep_positive(self, scale: nn.Parameter) -> None:
         """Raise `scale` to the least value. Does nothing before it was fitted or loaded, when it is zero."""
         if self._least is None:
-            value = scale.item()
-            if value == 0:
+            if not scale.all():
                 return
-            self._least = 0.01 * abs(value)
-        scale.data.clamp_(min=self._least)
+            # In double precision: the floor of a scale that was saved in float32 is the same on any device.
+            self._least = (0.01 * scale.detach().double().abs()).to(scale)
+        scale.data.clamp_(min=self._least.to(scale.device))
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._least = None

@@ -15,19 +15,22 @@ class _HardChoice(torch.autograd.Function):
     @staticmethod
     def forward(ctx, choice: Tensor, chosen: Tensor, difference: Tensor) -> Tensor:
         ctx.save_for_backward(difference)
+        ctx.per_channel = choice.dim() > 0
         return chosen.view_as(chosen)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         (difference,) = ctx.saved_tensors
-        return (grad * difference).sum(), grad, None
+        product = grad * difference
+        return product.flatten(1).sum(1) if ctx.per_channel else product.sum(), grad, None
 
 
 def stochastic_choice(choice: Tensor, chosen: Tensor, difference: Tensor) -> Tensor:
     """The drawn weights `chosen`, whose backward sees the soft choice.
 
-    `choice` is the 0-d soft probability of the upper bitwidth (it takes the gradient), `chosen` the quantized weights
-    that were drawn (gradient passes through to them), `difference` = Q_upper - Q_lower, detached.
+    `choice` is the soft probability of the upper bitwidth, 0-d or one for each output channel [C] (it takes the gradient),
+    `chosen` the quantized weights that were drawn (gradient passes through to them), `difference` = Q_upper - Q_lower,
+    detached.
     """
     return _HardChoice.apply(choice, chosen, difference)
 

@@ -9,16 +9,20 @@ grid, and gives `integer * unit`:
 | `entropy` | w / (gamma_b mean abs w), gamma_b = (2^b - 1) / 2^(b-1) | value of the outermost level | Liu et al., METHOD 4 |
 | `lsq` | w / scale | value of the clip, learned with LSQ's gradient | Esser et al. 2020 |
 
-`scale` is one float per layer: the value that a normalised weight of 1 stands for: `unit = scale / half_range(grid, bits)`.
-For the first two forms keeping a scale beside the paper's [-1, 1] is our interpretation: a pretrained network, and a
-classifier with no norm behind it, need it. Rounding is straight-through everywhere.
+`scale` is one float per layer (one per output channel, where channels have bits of their own): the value that a normalised
+weight of 1 stands for: `unit = scale / half_range(grid, bits)`. For the first two forms keeping a scale beside the paper's
+[-1, 1] is our interpretation: a pretrained network, and a classifier with no norm behind it, need it. Rounding is
+straight-through everywhere.
 """
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from ..packing import channels_by_bits, pack, pack_channels, packed_size, unpack, unpack_channels, unpack_parts
+from ..strategy import bits_text
 from .grids import (
     MAX_BITS,
     MIN_BITS,
@@ -106,84 +110,193 @@ def scale_gradient(scale: Tensor, factor: float) -> Tensor:
 
 
 @torch.no_grad()
-def best_scale(w: Tensor, form: str, grid: str, bits: int) -> Tensor:
-    """The scale (0-d float32) with the least squared error for weights `w`, by closed form or by a search over clips."""
+def best_scale(w: Tensor, form: str, grid: str, bits: int, per_channel: bool = False) -> Tensor:
+    """The scale (0-d float32) with the least squared error for weights `w`, by closed form or by a search over clips.
+
+    per_channel: one for each output channel of `w` [C, ...], as a [C]; for LSQ only.
+    """
     w = w.detach().to(torch.float32)
     one = torch.ones((), device=w.device)
     if form != "lsq":
         values = dequantize(quantize_to_integers(w, form, grid, bits, one), grid, bits, one)
         return ((w * values).sum() / values.square().sum().clamp_min(1e-30)).clamp_min(1e-8)
-    top = w.abs().max().clamp_min(1e-8)
+
+    def total(values: Tensor) -> Tensor:
+        return _to_channels(values.flatten(1).sum(1), w) if per_channel else values.sum()
+
+    top = (_to_channels(w.abs().flatten(1).amax(1), w) if per_channel else w.abs().max()).clamp_min(1e-8)
     # The best clip falls with the bitwidth: geometric steps from max|w| down to 4 % of it, finer near the top, where
     # those of 7 and 8 bits are, and each is
     # then improved by the closed form for its own integers.
-    best, best_error = top, None
+    best, least = top, torch.full_like(top, math.inf)
     factors = torch.cat([torch.logspace(0, math.log10(0.04), 48), torch.linspace(1.02, 0.7, 33)])
     for factor in factors.tolist():
         scale = top * factor
         integers = quantize_to_integers(w, form, grid, bits, scale)
-        norm = integers.square().sum()
-        refined = (w * integers).sum() / norm.clamp_min(1) * half_range(grid, bits)
-        if norm > 0 and refined > 0:
-            scale = refined
-        error = (dequantize(quantize_to_integers(w, form, grid, bits, scale), grid, bits, scale) - w).square().sum()
-        if best_error is None or error < best_error:
-            best, best_error = scale, error
-    return best
+        norm = total(integers.square())
+        refined = total(w * integers) / norm.clamp_min(1) * half_range(grid, bits)
+        scale = torch.where((norm > 0) & (refined > 0), refined, scale)
+        error = total((dequantize(quantize_to_integers(w, form, grid, bits, scale), grid, bits, scale) - w).square())
+        best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
+    return best.flatten() if per_channel else best
+
+
+def best_channel_scales(w: Tensor, form: str, grid: str, bits: Sequence[int]) -> Tensor:
+    """`best_scale` of each output channel of `w` at its own bitwidth: float32 [C]."""
+    scales = torch.empty(len(bits), device=w.device)
+    for width, rows in channels_by_bits(bits):
+        scales[rows] = best_scale(w[rows], form, grid, width, per_channel=True)
+    return scales
+
+
+def channel_parts(
+    w: Tensor, bits: int | Sequence[int], scale: Tensor
+) -> list[tuple[Tensor, int, Tensor, Sequence[int] | None]]:
+    """(weights, their bits, their scale, numbers of the channels) of each bitwidth; all of `w` where it has only one."""
+    if isinstance(bits, int):
+        return [(w, bits, scale, None)]
+    return [(w[rows], width, _to_channels(scale[rows], w), rows) for width, rows in channels_by_bits(bits)]
+
+
+def by_channel(
+    function: Callable[[Tensor, int, Tensor], Tensor], w: Tensor, bits: int | Sequence[int], scale: Tensor
+) -> Tensor:
+    """`function(weights, bits, scale)` of `w`, which must give a tensor of their shape; differentiable.
+
+    Where `bits` has an entry for each output channel (and `scale` too), it is called for the channels of each bitwidth, and
+    what it gives is put back in their order.
+    """
+    if isinstance(bits, int):
+        return function(w, bits, scale)
+    parts = channel_parts(w, bits, scale)
+    order = torch.tensor([row for *_, rows in parts for row in rows or ()], device=w.device)
+    return torch.cat([function(part, width, scales) for part, width, scales, _ in parts])[order.argsort()]
+
+
+def _to_channels(values: Tensor, w: Tensor) -> Tensor:
+    """`values` [C] in a shape that multiplies the output channels of weights like `w`."""
+    return values.view(-1, *[1] * (w.dim() - 1))
 
 
 class WeightQuantizer(KeepsPositive, nn.Module):
-    """Quantizes one layer's weights at `bits`, 1 to 8.
+    """Quantizes one layer's weights at `bits`, 1 to 8, or at as many bits as a tuple says for each output channel.
 
-    Holds one parameter, `scale` (0-d float32). `bits` is set by the model from its strategy and is not saved here.
+    Holds one parameter, `scale` (0-d float32; [C] for channels with bits of their own, LSQ only). `bits` is set by the model
+    from its strategy and is not saved here.
     A loaded model has real weights too, those of `latent`. LSQ maps its own output to itself, so a loaded LSQ layer keeps the
     quantized weights, and they are passed through as long as nothing has touched them.
     """
 
-    def __init__(self, form: str, grid: str, bits: int):
+    def __init__(self, form: str, grid: str, bits: int | tuple[int, ...]):
         super().__init__()
+        if isinstance(bits, tuple) and form != "lsq":
+            raise ValueError(f"Bits for each output channel need the weight quantizer 'lsq', got {form!r}.")
         self.form, self.grid, self.bits = form, grid, bits
-        self.scale = nn.Parameter(torch.ones((), dtype=torch.float32))
+        self.scale = nn.Parameter(torch.ones(() if isinstance(bits, int) else len(bits), dtype=torch.float32))
         # Place and version of weights and scale that are known to belong together: see `mark_quantized`.
         self._quantized: tuple[int, int, int] | None = None
 
     def extra_repr(self) -> str:
-        return f"{self.form}, {self.grid}, bits={self.bits}"
+        return f"{self.form}, {self.grid}, bits={bits_text(self.bits)}"
 
-    def set_bits(self, bits: int, w: Tensor) -> None:
-        """Quantize at `bits` from now on; the scale is fitted to the real weights `w`."""
-        if not MIN_BITS <= bits <= MAX_BITS:
+    def set_bits(self, bits: int | tuple[int, ...], w: Tensor) -> None:
+        """Quantize at `bits` from now on, as many as before; the scale is fitted to the real weights `w`.
+
+        Of channels those whose bits stay keep their scale.
+        """
+        if isinstance(bits, tuple):
+            return self._set_channel_bits(bits, w)
+        if not MIN_BITS <= bits <= MAX_BITS or not isinstance(self.bits, int):
             raise ValueError(f"Weight bits must be {MIN_BITS} to {MAX_BITS}, got {bits}.")
         self.bits = bits
         self._quantized = None
-        if not w.is_meta:
-            self.fit_scale(w)
+        self.fit_scale(w)
+
+    @torch.no_grad()
+    def _set_channel_bits(self, bits: tuple[int, ...], w: Tensor) -> None:
+        if isinstance(self.bits, int) or len(bits) != len(self.bits):
+            raise ValueError(
+                f"Expected {1 if isinstance(self.bits, int) else len(self.bits)} bitwidths, got {len(bits)}."
+            )
+        rows = [c for c, (before, now) in enumerate(zip(self.bits, bits, strict=True)) if before != now]
+        self.bits, self._quantized, self._least = bits, None, None
+        if rows and not w.is_meta:
+            self.scale[rows] = best_channel_scales(w[rows], self.form, self.grid, [bits[c] for c in rows])
 
     @torch.no_grad()
     def fit_scale(self, w: Tensor) -> None:
-        self.scale.copy_(best_scale(w, self.form, self.grid, self.bits))
-        self._least = None
+        """Fit all of `scale` to the real weights `w`; nothing to do on the meta device."""
+        if w.is_meta:
+            return
+        if isinstance(self.bits, int):
+            self.scale.copy_(best_scale(w, self.form, self.grid, self.bits))
+        else:
+            self.scale.copy_(best_channel_scales(w, self.form, self.grid, self.bits))
+        self._least = self._quantized = None
 
     def forward(self, w: Tensor) -> Tensor:
         if not torch.is_grad_enabled() and self.is_quantized(w):
             return w
         self.keep_positive(self.scale)
-        scale: Tensor = self.scale
-        if torch.is_grad_enabled() and scale.requires_grad:
-            scale = scale_gradient(scale, 1 / math.sqrt(w.numel() * half_range(self.grid, self.bits)))
-        return fake_quantize(w.float(), self.form, self.grid, self.bits, scale)
+        learns = torch.is_grad_enabled() and self.scale.requires_grad
+
+        def quantized(w: Tensor, bits: int, scale: Tensor) -> Tensor:
+            if learns:
+                count = w.numel() // scale.numel()
+                scale = scale_gradient(scale, 1 / math.sqrt(count * half_range(self.grid, bits)))
+            return fake_quantize(w, self.form, self.grid, bits, scale)
+
+        return by_channel(quantized, w.float(), self.bits, self.scale)
 
     def integers(self, w: Tensor) -> Tensor:
         """The integers (float, shape of `w`) behind the quantized weights."""
-        return quantize_to_integers(w.float(), self.form, self.grid, self.bits, self.scale)
+        return by_channel(
+            lambda w, bits, scale: quantize_to_integers(w, self.form, self.grid, bits, scale),
+            w.float(),
+            self.bits,
+            self.scale,
+        )
 
     def codes(self, w: Tensor) -> Tensor:
         """The codes 0 .. 2^bits - 1 (uint8, shape of `w`) to be packed."""
-        return integers_to_codes(self.integers(w), self.grid, self.bits)
+        return by_channel(
+            lambda integers, bits, _: integers_to_codes(integers, self.grid, bits),
+            self.integers(w),
+            self.bits,
+            self.scale,
+        )
 
     def from_codes(self, codes: Tensor) -> Tensor:
         """The quantized weights (float32) that `codes` stand for."""
-        return dequantize(codes_to_integers(codes, self.grid, self.bits), self.grid, self.bits, self.scale.detach())
+        return by_channel(
+            lambda codes, bits, scale: dequantize(codes_to_integers(codes, self.grid, bits), self.grid, bits, scale),
+            codes,
+            self.bits,
+            self.scale.detach(),
+        )
+
+    def packed_size(self, count: int) -> int:
+        """Bytes that `count` weights, those of all channels, take."""
+        if isinstance(self.bits, int):
+            return packed_size(count, self.bits)
+        return (count // len(self.bits) * sum(self.bits) + 7) // 8
+
+    def pack(self, w: Tensor) -> Tensor:
+        """The weights as they stand in a file: uint8 [packed_size]."""
+        codes = self.codes(w)
+        return pack(codes, self.bits) if isinstance(self.bits, int) else pack_channels(codes, self.bits)
+
+    def unpack(self, packed: Tensor, shape: torch.Size) -> Tensor:
+        """Real weights (float32, of `shape`) from what `pack` has made: those of `latent`."""
+        if not isinstance(self.bits, int):
+            return self.from_codes(unpack_channels(packed, self.bits, shape))
+        if self.form != "lsq":
+            # Normalised by all of them together.
+            return self.latent(unpack(packed, self.bits, shape.numel()).view(shape))
+        weight = torch.empty(shape, device=packed.device)
+        for start, codes in unpack_parts(packed, self.bits, shape.numel()):
+            weight.view(-1)[start : start + codes.numel()] = self.from_codes(codes)
+        return weight
 
     def mark_quantized(self, w: Tensor) -> None:
         """Say that `w`, from now on this layer's weights, went through LSQ: quantizing it again would change nothing."""
@@ -206,6 +319,7 @@ class WeightQuantizer(KeepsPositive, nn.Module):
         """
         if self.form == "lsq":
             return self.from_codes(codes)
+        assert isinstance(self.bits, int)
         x = codes_to_integers(codes, self.grid, self.bits) / half_range(self.grid, self.bits)
         if self.form == "dorefa":
             # Any common factor below 1 will do, as the largest |tanh| is divided out again. The largest weight stood on

@@ -3,14 +3,15 @@
 import fnmatch
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from ..costs import Cost
-from ..strategy import FLOAT_BITS, Strategy
+from ..strategy import Strategy, bits_text
+from .units import Unit, layer_units
 
 logger = logging.getLogger(__name__)
 
-# A layer's bits, by name. Only searchable layers are in it.
+# A unit's bits, by name: a layer's, where each layer has its own. Only what is searched is in it.
 Bits = dict[str, int]
 
 
@@ -29,6 +30,7 @@ class Descent:
         start_bits: the rung where all layers start; default: 6, above which a step costs nothing measurable (METHOD 9),
             or the lowest rung above it that lies above every budget.
         floors: pattern of layer names -> fewest bits. The last pattern that matches decides.
+        units: what shares one bitwidth, by name; default: each layer has its own. "Layer" stands for unit below.
 
     A layer's ladder has the candidates from its floor up, without those that cost no less than more bits would: in a cost
     table, 3 bits may take what 4 take.
@@ -44,6 +46,7 @@ class Descent:
         candidates: Sequence[int],
         start_bits: int | None = None,
         floors: Mapping[str, int] | None = None,
+        units: Mapping[str, Unit] | None = None,
     ):
         self.cost = cost
         for budget in budgets:
@@ -51,16 +54,28 @@ class Descent:
                 raise BudgetError(f"A budget must be above 0 {cost.unit}, got {budget:g}.")
         self.budgets = [cost.limit(budget) for budget in budgets]
         self.candidates = sorted(candidates)
-        self.names = [name for name in strategy.searchable if strategy[name].weight_bits != FLOAT_BITS]
-        self.table = {
-            name: {bits: cost.of_layer(strategy, name, bits) for bits in self.candidates} for name in self.names
+        self.units = dict(layer_units(strategy) if units is None else units)
+        self.names = list(self.units)
+        # Layers that are searched.
+        self.layers = list(dict.fromkeys(layer for unit in self.units.values() for layer in unit.layers))
+        prices = {
+            layer: {bits: cost.of_layer(strategy, layer, bits) for bits in self.candidates} for layer in self.layers
         }
+        self.table: dict[str, dict[int, float]] = {}
+        self._weights: dict[str, float] = {}
+        for name, unit in self.units.items():
+            channels = 1 if unit.channel is None else len(cast(tuple[int, ...], strategy[unit.layers[0]].weight_bits))
+            self.table[name] = {
+                bits: sum(prices[layer][bits] for layer in unit.layers) / channels for bits in self.candidates
+            }
+            self._weights[name] = sum(strategy[layer].num_weights for layer in unit.layers) / channels
         floor = self._floors(floors or {})
-        self.ladder = {name: self._ladder(name, floor[name]) for name in self.names}
+        self.ladder = {
+            name: self._ladder(name, max(floor[layer] for layer in unit.layers)) for name, unit in self.units.items()
+        }
         self.floor: Bits = {name: ladder[0] for name, ladder in self.ladder.items()}
-        self.base = cost.total(strategy) - sum(
-            cost.of_layer(strategy, name, strategy[name].weight_bits) for name in self.names
-        )
+        searched = set(self.layers)
+        self.base = cost.fixed + sum(cost.of_layer(strategy, name) for name in strategy if name not in searched)
         self._strategy = strategy
         self._check_budgets()
         if start_bits is None:
@@ -82,12 +97,13 @@ class Descent:
         self.found: dict[float, Strategy] = {}
         self._leave_strategies()
 
-    def _floors(self, patterns: Mapping[str, int]) -> Bits:
-        floor = dict.fromkeys(self.names, self.candidates[0])
+    def _floors(self, patterns: Mapping[str, int]) -> dict[str, int]:
+        """Fewest bits of each searched layer."""
+        floor = dict.fromkeys(self.layers, self.candidates[0])
         for pattern, bits in patterns.items():
-            matches = fnmatch.filter(self.names, pattern)
+            matches = fnmatch.filter(self.layers, pattern)
             if not matches:
-                raise ValueError(f"floors: no searchable layer matches {pattern!r}, e.g. {', '.join(self.names[:3])}.")
+                raise ValueError(f"floors: no searchable layer matches {pattern!r}, e.g. {', '.join(self.layers[:3])}.")
             allowed = [b for b in self.candidates if b >= bits]
             if not allowed:
                 raise ValueError(
@@ -123,11 +139,11 @@ class Descent:
 
     def _binding(self, count: int = 3) -> str:
         """The layers that take most of the least cost there is, and their bits."""
-        least = self._strategy.with_bits(self.floor)
-        costs = {name: self.cost.of_layer(least, name, layer.weight_bits) for name, layer in least.items()}
+        least = self.strategy(self.floor)
+        costs = {name: self.cost.of_layer(least, name) for name in least}
         whole, largest = self.total(self.floor), sorted(costs, key=lambda name: -costs[name])[:count]
         return ", ".join(
-            f"{name} ({'pinned to' if least[name].pinned else 'at least'} {least[name].weight_bits} bits, "
+            f"{name} ({'pinned to' if least[name].pinned else 'at least'} {bits_text(least[name].weight_bits)} bits, "
             f"{costs[name] / whole:.0%})"
             for name in largest
         )
@@ -146,7 +162,23 @@ class Descent:
 
     def average_bits(self) -> float:
         """Average bits of the searchable layers at present, whatever the cost is."""
-        return self._strategy.with_bits(self.bits).average_bits()
+        return sum(self._weights[name] * bits for name, bits in self.bits.items()) / sum(self._weights.values())
+
+    def layer_bits(self, bits: Bits) -> dict[str, int | tuple[int, ...]]:
+        """Layer -> its bits, one for each output channel where channels are units. `bits` may name some units only."""
+        found: dict[str, int | tuple[int, ...]] = {}
+        channels: dict[str, list[int]] = {}
+        for name, width in bits.items():
+            unit = self.units[name]
+            if unit.channel is None:
+                found.update(dict.fromkeys(unit.layers, width))
+            else:
+                channels.setdefault(unit.layers[0], []).append(width)
+        return found | {layer: tuple(widths) for layer, widths in channels.items()}
+
+    def strategy(self, bits: Bits) -> Strategy:
+        """The strategy with `bits`, all else as it was at the start."""
+        return self._strategy.with_bits(self.layer_bits(bits))
 
     def rungs(self, name: str) -> list[int]:
         """A layer's ladder from its floor up to its start."""
@@ -189,7 +221,7 @@ class Descent:
     def _leave_strategies(self) -> None:
         for budget in self.budgets:
             if budget not in self.found and self.total() <= budget * (1 + 1e-9):
-                self.found[budget] = self._strategy.with_bits(self._land(budget))
+                self.found[budget] = self.strategy(self._land(budget))
 
     def _land(self, budget: float) -> Bits:
         """The present bits, refilled to just under the budget.

@@ -18,6 +18,7 @@ from .rules import greedy, random, size, uniform
 from .sdq import paper, two_sided
 from .sensitivity import clado, hawq, table
 from .task import Batch, SearchLog, SearchState, Task
+from .units import units_of
 from .updates import Paper, TwoSided
 
 METHODS: dict[str, Callable[..., list[Strategy]]] = {
@@ -33,6 +34,8 @@ METHODS: dict[str, Callable[..., list[Strategy]]] = {
     "fracbits": fracbits,
     "edmips": edmips,
 }
+# Those whose work does not grow with the number of choices.
+KERNEL_METHODS = ("two_sided", "paper", "uniform", "random", "size", "greedy")
 # Those that learn DBPs by stochastic quantization, and can be resumed in the middle.
 SDQ_METHODS = ("two_sided", "paper")
 _OPTIONS_OF: dict[str, Callable[..., object]] = {"two_sided": TwoSided, "paper": Paper}
@@ -63,7 +66,8 @@ def search(
     `model.set_strategy`, and recalibrate batch norm (`model.recalibrate_batch_norm`) before it is evaluated.
 
     Args:
-        model: with its pretrained float weights. Activation steps that are not fitted yet are fitted to the first batches.
+        model: with its pretrained float weights; `model.config.granularity` says what shares one bitwidth. Activation steps
+            that are not fitted yet are fitted to the first batches.
         data: batches `{"pixel_values": [B, C, H, W]}`, iterated again and again (`set_epoch` is called when there).
             The rules "uniform", "random", "size" and "greedy" need none.
         budgets: in units of `cost`, and in any order. The strategy found costs at most the budget, and less by no more than
@@ -94,10 +98,14 @@ def search(
     """
     check_options(method, options)
     cost = get_cost(cost)
-    descent = Descent(model.strategy, cost, budgets, model.config.candidates, start_bits, floors)
+    granularity = model.config.granularity
+    check_granularity(method, granularity)
+    units = units_of(model.timm_model, model.strategy, granularity)
+    descent = Descent(model.strategy, cost, budgets, model.config.candidates, start_bits, floors, units)
     log = SearchLog() if log is None else log
     log.cost, log.unit, log.method = cost.name, cost.unit, method
     log.start, log.start_cost = dict(descent.start), descent.total(descent.start)
+    log.start_average_bits = descent.average_bits()
     task = Task(
         model,
         descent,
@@ -132,3 +140,12 @@ def check_options(method: str, options: Mapping[str, Any]) -> None:
         if not isinstance(value, allowed) or isinstance(value, bool):
             kind = {float: "a number", int: "a whole number"}.get(type(default), "text")
             raise TypeError(f"The method {method!r}: {option} must be {kind}, such as {default!r}, got {value!r}.")
+
+
+def check_granularity(method: str, granularity: str) -> None:
+    """`ValueError` for a method whose work grows with the number of choices, where each output channel has its own."""
+    if granularity == "kernel" and method not in KERNEL_METHODS:
+        raise ValueError(
+            f"The method {method!r} does not search granularity 'kernel', which has too many choices for it; "
+            f"{', '.join(KERNEL_METHODS)} do."
+        )

@@ -6,6 +6,7 @@ Their weights are mixtures of quantized weights, where SDQ's are one of the two 
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import torch
@@ -91,15 +92,20 @@ def edmips_shares(alpha: Tensor, rungs: int) -> dict[int, Tensor]:
 
 
 class Mixture:
-    """Weights of one layer as a mixture of its quantized weights; `parameter` is trained.
+    """Weights of the layers of a unit as mixtures of their quantized weights; `parameter` is trained.
 
     Scales are fitted when it is made. `shares(parameter, number of rungs)` gives rung -> share of those in the mixture.
     """
 
-    def __init__(self, layer: QuantizedLayer, rungs: list[int], parameter: Tensor, shares: Shares):
-        self.layer, self.rungs, self._shares = layer, rungs, shares
-        self.parameter = parameter.to(layer.weight.device).requires_grad_()
-        self.scales = [scale_at(layer, bits) for bits in rungs]
+    def __init__(self, layers: list[QuantizedLayer], rungs: list[int], parameter: Tensor, shares: Shares):
+        self.layers, self.rungs, self._shares = layers, rungs, shares
+        self.parameter = parameter.to(layers[0].weight.device).requires_grad_()
+        self.scales = [[scale_at(layer, bits) for bits in rungs] for layer in layers]
+
+    def attach(self) -> None:
+        """Let the layers compute with the mixtures."""
+        for layer, scales in zip(self.layers, self.scales, strict=True):
+            layer.weight_source = partial(self.weight, layer, scales)
 
     def shares(self) -> Tensor:
         """Of each rung (float32 [rungs]); their sum is 1."""
@@ -110,9 +116,9 @@ class Mixture:
     def average_bits(self) -> float:
         return sum(share * bits for share, bits in zip(self.shares().tolist(), self.rungs, strict=True))
 
-    def weight(self, weight: Tensor) -> Tensor:
+    def weight(self, layer: QuantizedLayer, scales: list[Tensor], weight: Tensor) -> Tensor:
         found = self._shares(self.parameter, len(self.rungs)).items()
-        parts = [share * weight_at(self.layer, self.rungs[rung], self.scales[rung]) for rung, share in found]
+        parts = [share * weight_at(layer, self.rungs[rung], scales[rung]) for rung, share in found]
         return torch.stack(parts).sum(dim=0)
 
 
@@ -123,22 +129,23 @@ def _relaxed(task: Task, relaxation: Relaxation) -> list[Strategy]:
     layers, strategies = quantized_layers(task.model.timm_model), []
     for budget in task.descent.budgets:
         mixtures = {}
-        for name in task.descent.names:
+        for name, unit in task.descent.units.items():
             rungs = task.descent.rungs(name)
-            mixtures[name] = Mixture(layers[name], rungs, relaxation.start(len(rungs)), relaxation.shares)
+            members = [layers[layer] for layer in unit.layers]
+            mixtures[name] = Mixture(members, rungs, relaxation.start(len(rungs)), relaxation.shares)
         try:
             with searching(task.model, trained=task.weight_lr > 0) as parameters:
-                for name, mixture in mixtures.items():
-                    layers[name].weight_source = mixture.weight
+                for mixture in mixtures.values():
+                    mixture.attach()
                 _train(task, relaxation, mixtures, Training(task, parameters), teacher, data, budget)
         finally:
-            for name in mixtures:
+            for name in task.descent.layers:
                 layers[name].weight_source = None
         damages = {
             name: {bits: relaxation.price(mixture.parameter.detach(), rung) for rung, bits in enumerate(mixture.rungs)}
             for name, mixture in mixtures.items()
         }
-        strategies.append(task.model.strategy.with_bits(least_sum(task.descent, budget, damages)))
+        strategies.append(task.descent.strategy(least_sum(task.descent, budget, damages)))
     return strategies
 
 
@@ -160,7 +167,8 @@ def _train(
         name: torch.tensor([descent.table[name][bits] for bits in mixture.rungs], device=model.device)
         for name, mixture in mixtures.items()
     }
-    sizes = {name: layer.num_weights for name, layer in model.strategy.items() if name in mixtures}
+    strategy = model.strategy
+    sizes = {name: sum(strategy[layer].num_weights for layer in unit.layers) for name, unit in descent.units.items()}
     for _ in range(relaxation.batches):
         images = next(data)["pixel_values"].to(model.device)
         loss = distillation_loss(model, teacher, images, accelerator)

@@ -18,7 +18,7 @@ def uniform(task: Task) -> list[Strategy]:
             candidate = {name: max(bits, descent.floor[name]) for name in descent.names}
             if descent.total(candidate) <= budget * (1 + 1e-9):
                 fitting = candidate
-        strategies.append(task.model.strategy.with_bits(fitting))
+        strategies.append(descent.strategy(fitting))
     return strategies
 
 
@@ -43,7 +43,7 @@ def size(task: Task) -> list[Strategy]:
 
 def greedy(task: Task) -> list[Strategy]:
     """Each step takes the layer whose relative quantization error grows least per saved cost."""
-    return _least_growth(task, quantization_errors(task.model, task.descent.names, task.descent.candidates))
+    return _least_growth(task, quantization_errors(task.model, task.descent))
 
 
 def _least_growth(task: Task, errors: Mapping[str, Mapping[int, float]]) -> list[Strategy]:

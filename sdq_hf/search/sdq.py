@@ -23,7 +23,7 @@ def two_sided(task: Task, **options: Any) -> list[Strategy]:
 
 def paper(task: Task, **options: Any) -> list[Strategy]:
     """The paper's update; options as in `Paper`."""
-    errors = quantization_errors(task.model, task.descent.names, task.descent.candidates)
+    errors = quantization_errors(task.model, task.descent)
     return _descend(task, Paper(task.descent, task.seed, errors, **options))
 
 
@@ -44,7 +44,7 @@ def _descend(task: Task, update: TwoSided | Paper) -> list[Strategy]:
     else:
         task.calibrate()
     teacher = task.float_network()
-    weights = StochasticWeights(model, trained=trained)
+    weights = StochasticWeights(model, descent, trained=trained)
     try:
         with searching(model, trained=trained) as parameters:
             training = Training(task, parameters)
@@ -52,8 +52,8 @@ def _descend(task: Task, update: TwoSided | Paper) -> list[Strategy]:
             if resume_from is not None:
                 tensors = resume_from.get("tensors", {})
                 training.load(tensors)
-            for name in descent.names:
-                weights.set(name, descent.bits[name], descent.next_bits(name), tensors.get(f"scales.{name}"))
+            saved = {key.removeprefix("scales."): value for key, value in tensors.items() if key.startswith("scales.")}
+            weights.start(saved)
 
             def state_dict() -> dict[str, Any]:
                 state = {
@@ -81,17 +81,21 @@ def _descend(task: Task, update: TwoSided | Paper) -> list[Strategy]:
                 weights.choose(drawn)
                 loss = distillation_loss(model, teacher, images, accelerator)
                 (loss * training.scale).backward()
-                names, gradients = weights.gradients()
-                gradients = cast(Tensor, accelerator.reduce(gradients / training.scale, reduction="mean"))
-                values = dict.fromkeys(descent.names, 0.0) | dict(zip(names, gradients.tolist(), strict=True))
+                gradients = weights.gradients() / training.scale
+                gradients = cast(Tensor, accelerator.reduce(gradients, reduction="mean"))
+                values = dict(zip(descent.names, gradients.tolist(), strict=True))
                 # Half precision can overflow: such a batch tells nothing.
                 if training.step() and math.isfinite(sum(values.values())):
                     update.observe(values, drawn)
-                move = update.next_move()
-                if move is not None:
-                    task.move(step, move.layer, move.damage, move.error)
-                    weights.set(move.layer, descent.bits[move.layer], descent.next_bits(move.layer))
-                    update.reset(move.layer)
+                moved = None
+                # One step at a time, or a few where there are very many that could be taken.
+                for move in update.next_moves(max(1, len(descent.names) // 25)):
+                    if descent.done:
+                        break
+                    moved = move.layer
+                    task.move(step, moved, move.damage, move.error)
+                    weights.step_down(moved)
+                    update.reset(moved)
                 if step % log.every == 0:
                     log.estimates.append(
                         {
@@ -103,7 +107,6 @@ def _descend(task: Task, update: TwoSided | Paper) -> list[Strategy]:
                 step += 1
                 log.batches, log.backward_images = step, log.backward_images + len(images)
                 if task.on_step is not None:
-                    moved = None if move is None else move.layer
                     average = descent.average_bits()
                     task.on_step(
                         SearchState(step, descent.total(), average, loss.item(), len(images), moved, state_dict)

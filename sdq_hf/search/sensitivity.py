@@ -23,7 +23,7 @@ from .errors import scale_at, weight_at
 from .stochastic_weights import searching
 from .task import Task, distillation_loss, divergence, float_copy
 
-# Layer -> bits of the layers that are quantized -> loss.
+# Bits of the units that are quantized, by name -> loss.
 Loss = Callable[[Mapping[str, int]], float]
 
 
@@ -51,17 +51,22 @@ def hawq(task: Task, images: int = 512, probes: int = 8) -> list[Strategy]:
     """
     traces = hessian_traces(task, images, probes)
     layers = quantized_layers(task.model.timm_model)
-    damages = {}
-    for name in task.descent.names:
-        layer, weight = layers[name], layers[name].weight.detach().float()
-        errors = {b: (weight_at(layer, b).detach() - weight).square().sum().item() for b in task.descent.rungs(name)}
-        damages[name] = {b: max(traces[name], 0.0) / weight.numel() * error for b, error in errors.items()}
+
+    def damage(name: str, bits: int) -> float:
+        weight = layers[name].weight.detach().float()
+        error = (weight_at(layers[name], bits).detach() - weight).square().sum().item()
+        return max(traces[name], 0.0) / weight.numel() * error
+
+    damages = {
+        name: {bits: sum(damage(layer, bits) for layer in unit.layers) for bits in task.descent.rungs(name)}
+        for name, unit in task.descent.units.items()
+    }
     return _choose(task, damages)
 
 
 def hessian_traces(task: Task, images: int, probes: int) -> dict[str, float]:
     """Layer -> trace of the loss's Hessian in its weights, by Hutchinson's method (mean of v'Hv, v of random signs)."""
-    names, network = task.descent.names, float_copy(task.model)
+    names, network = task.descent.layers, float_copy(task.model)
     teacher = network if task.teacher is None else task.teacher
     layers = quantized_layers(network.timm_model)
     weights = [layers[name].weight.requires_grad_() for name in names]
@@ -94,9 +99,8 @@ def clado(task: Task, images: int = 256, cross_bits: int = 3) -> list[Strategy]:
         matrix, damages = pairwise_damages(task, loss, cross_bits)
     values, vectors = np.linalg.eigh(matrix)
     matrix = (vectors * values.clip(min=0)) @ vectors.T
-    strategy = task.model.strategy
     return [
-        strategy.with_bits(least_quadratic(task.descent, budget, damages, matrix, seed=task.seed))
+        task.descent.strategy(least_quadratic(task.descent, budget, damages, matrix, seed=task.seed))
         for budget in task.descent.budgets
     ]
 
@@ -115,8 +119,7 @@ def pairwise_damages(task: Task, loss: Loss, cross_bits: int) -> tuple[NDArray[n
 
 
 def _choose(task: Task, damages: Damages) -> list[Strategy]:
-    strategy = task.model.strategy
-    return [strategy.with_bits(least_sum(task.descent, budget, damages)) for budget in task.descent.budgets]
+    return [task.descent.strategy(least_sum(task.descent, budget, damages)) for budget in task.descent.budgets]
 
 
 def _images(task: Task, count: int) -> Iterator[Tensor]:
@@ -141,7 +144,8 @@ def probing(task: Task, images: int) -> Iterator[Loss]:
 
     @torch.no_grad()
     def loss(bits: Mapping[str, int]) -> float:
-        for name, width in bits.items():
+        quantized = {layer: width for name, width in bits.items() for layer in task.descent.units[name].layers}
+        for name, width in quantized.items():
             if (name, width) not in scales:
                 scales[name, width] = scale_at(layers[name], width)
             weight = weight_at(layers[name], width, scales[name, width])
@@ -151,7 +155,7 @@ def probing(task: Task, images: int) -> Iterator[Loss]:
             with task.accelerator.autocast():
                 logits = logits_of(model(pixel_values=batch))
             losses.append(divergence(logits, target) * len(batch))
-        for name in bits:
+        for name in quantized:
             layers[name].weight_source = _float_weight
         task.log.forward_images += count
         mean = cast(Tensor, task.accelerator.reduce(torch.stack(losses).sum() / count, reduction="mean"))
@@ -162,11 +166,11 @@ def probing(task: Task, images: int) -> Iterator[Loss]:
             with torch.no_grad(), task.accelerator.autocast():
                 targets = [logits_of(teacher(batch)) for batch in batches]
             task.log.batches += len(batches)
-            for name in task.descent.names:
+            for name in task.descent.layers:
                 layers[name].weight_source = _float_weight
             yield loss
     finally:
-        for name in task.descent.names:
+        for name in task.descent.layers:
             layers[name].weight_source = None
 
 

@@ -10,6 +10,7 @@ from ..layers import QuantizedLayer, quantized_layers
 from ..modeling_sdq import SDQForImageClassification
 from ..quantizers import ActivationQuantizer
 from ..quantizers.stochastic import stochastic_choice
+from .descent import Descent
 from .errors import scale_at, weight_at
 
 
@@ -51,47 +52,110 @@ class _Pair:
         return stochastic_choice(self.gate, chosen, (upper - lower).detach())
 
 
+class _Channels:
+    """The same for a layer whose output channels have bits of their own: `gate` and `share` have one entry for each.
+
+    Scales of all `rungs` are fitted when it is made: a table [rungs, C], since single channels step down all the time.
+    """
+
+    def __init__(self, layer: QuantizedLayer, rungs: list[int], scales: Tensor | None):
+        self._layer, self._rungs = layer, rungs
+        channels, device = len(layer.weight), layer.weight.device
+        if scales is None:
+            scales = torch.stack([scale_at(layer, bits) for bits in rungs])
+        self.scales = scales.to(device)
+        self.gate = torch.zeros(channels, device=device, requires_grad=True)
+        self.share = torch.ones(channels, device=device)
+        # Of each channel: the upper and the lower bitwidth, the same where there is no lower one.
+        self.bits = [[rungs[-1], rungs[-1]] for _ in range(channels)]
+
+    def _quantize(self, side: int) -> Tensor:
+        bits = [pair[side] for pair in self.bits]
+        rows = torch.tensor([self._rungs.index(width) for width in bits], device=self.scales.device)
+        return weight_at(self._layer, bits, self.scales.gather(0, rows[None])[0])
+
+    def weight(self, weight: Tensor) -> Tensor:
+        upper, lower = self._quantize(0), self._quantize(1)
+        share = self.share.view(-1, *[1] * (weight.dim() - 1))
+        return stochastic_choice(self.gate, torch.lerp(lower, upper, share), (upper - lower).detach())
+
+
 class StochasticWeights:
-    """Holds `Q_upper(w)` and `Q_lower(w)` of every searched layer.
+    """Holds `Q_upper(w)` and `Q_lower(w)` of every searched layer, at the present bits of `descent` and the next ones.
 
     trained: the weights change from batch to batch, and take their straight-through gradient.
     """
 
-    def __init__(self, model: SDQForImageClassification, trained: bool = False):
+    def __init__(self, model: SDQForImageClassification, descent: Descent, trained: bool = False):
         self._layers = quantized_layers(model.timm_model)
-        self._trained = trained
-        self._all: dict[str, _Pair] = {}
-        self._pairs: dict[str, _Pair] = {}
+        self._descent, self._trained = descent, trained
+        self._pairs: dict[str, _Pair | _Channels] = {}
 
-    def set(self, name: str, upper: int, lower: int | None, scales: Tensor | None = None) -> None:
-        """Draw layer `name` between `upper` and `lower`; None pins it at `upper`. `scales`: those of a resumed search."""
-        self._all[name] = pair = _Pair(self._layers[name], upper, lower, self._trained, scales)
-        self._layers[name].weight_source = pair.weight
-        self._pairs.pop(name, None)
-        if lower is not None:
-            self._pairs[name] = pair
+    def start(self, scales: Mapping[str, Tensor] | None = None) -> None:
+        """Draw the weights of every layer. `scales`: those of a resumed search, as `scales()` gave them."""
+        scales = {} if scales is None else scales
+        for name, unit in self._descent.units.items():
+            if unit.channel is None:
+                self._set(name, scales)
+                continue
+            (layer,) = unit.layers
+            if unit.channel == 0:
+                rungs = [b for b in self._descent.candidates if b <= max(self._descent.start.values())]
+                self._pairs[layer] = pair = _Channels(self._layers[layer], rungs, scales.get(layer))
+                self._layers[layer].weight_source = pair.weight
+            self.step_down(name)
+
+    def step_down(self, name: str) -> None:
+        """Draw the weights of a unit between its bits and the next ones."""
+        unit = self._descent.units[name]
+        if unit.channel is None:
+            return self._set(name, {})
+        pair = self._pairs[unit.layers[0]]
+        assert isinstance(pair, _Channels)
+        upper = self._descent.bits[name]
+        pair.bits[unit.channel] = [upper, self._descent.next_bits(name) or upper]
+
+    def _set(self, name: str, scales: Mapping[str, Tensor]) -> None:
+        upper, lower = self._descent.bits[name], self._descent.next_bits(name)
+        for layer in self._descent.units[name].layers:
+            self._pairs[layer] = pair = _Pair(self._layers[layer], upper, lower, self._trained, scales.get(layer))
+            self._layers[layer].weight_source = pair.weight
 
     def scales(self) -> dict[str, Tensor]:
-        """Layer -> scales of its bitwidths (float32 [1 or 2])."""
-        return {name: pair.scales for name, pair in self._all.items()}
+        """Layer -> scales of its bitwidths."""
+        return {name: pair.scales for name, pair in self._pairs.items()}
 
     def choose(self, drawn: Mapping[str, float]) -> None:
-        """Set the share of the upper bitwidth in each layer's weights, and forget the gradients of the batch before."""
-        for name, pair in self._pairs.items():
-            pair.share, pair.gate.grad = float(drawn[name]), None
+        """Set the share of the upper bitwidth in each unit's weights, and forget the gradients of the batch before."""
+        channels: dict[str, list[float]] = {}
+        for name, unit in self._descent.units.items():
+            if unit.channel is not None:
+                channels.setdefault(unit.layers[0], []).append(float(drawn[name]))
+                continue
+            for layer in unit.layers:
+                self._pairs[layer].share = float(drawn[name])  # type: ignore[assignment]
+        for layer, shares in channels.items():
+            self._pairs[layer].share = torch.tensor(shares, device=self._layers[layer].weight.device)
+        for pair in self._pairs.values():
+            pair.gate.grad = None
 
-    def gradients(self) -> tuple[list[str], Tensor]:
-        """Names of the drawn layers and the loss's gradients to their DBPs (float32 [L]); 0 where nothing flowed."""
-        zero = torch.zeros(())
-        gates = [pair.gate for pair in self._pairs.values()]
-        values = [zero.to(gate.device) if gate.grad is None else gate.grad for gate in gates]
-        return list(self._pairs), torch.stack(values) if values else zero.new_zeros(0)
+    def gradients(self) -> Tensor:
+        """The loss's gradients to the DBPs, in the order of the descent's names (float32 [U]); 0 where nothing flowed."""
+        found = {name: _gradient(pair.gate) for name, pair in self._pairs.items()}
+        units = self._descent.units
+        if any(unit.channel is not None for unit in units.values()):
+            # The units of a layer follow each other, in the order of its channels.
+            return torch.cat(list(found.values()))
+        return torch.stack([torch.stack([found[layer] for layer in unit.layers]).sum() for unit in units.values()])
 
     def clear(self) -> None:
         for layer in self._layers.values():
             layer.weight_source = None
         self._pairs.clear()
-        self._all.clear()
+
+
+def _gradient(gate: Tensor) -> Tensor:
+    return torch.zeros_like(gate) if gate.grad is None else gate.grad
 
 
 @contextmanager

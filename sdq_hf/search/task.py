@@ -21,8 +21,10 @@ Batch = Mapping[str, Tensor]
 class SearchLog:
     """What a search did, as plain numbers.
 
-    start: layer -> bits at the start, start_cost: what they cost.
-    moves: one entry per step-down: batch, layer, from, to, damage (loss), error (its standard error), cost (after it).
+    start: layer -> bits at the start, start_cost: what they cost, start_average_bits. "Layer" stands for whatever shares one
+    bitwidth: `layer1.0` is a block, `conv1[3]` an output channel.
+    moves: one entry per step-down: batch, layer, from, to, damage (loss), error (its standard error), cost and average_bits
+    (after it).
     estimates: every `every` batches: batch, cost, and layer -> [bits, damage or beta, standard error].
     batches: batches that were looked at. forward_images, backward_images: images that went through the network without and
     with a backward pass; what the search costs.
@@ -34,6 +36,7 @@ class SearchLog:
     every: int = 10
     start: dict[str, int] = field(default_factory=dict)
     start_cost: float = 0.0
+    start_average_bits: float = 0.0
     moves: list[dict[str, Any]] = field(default_factory=list)
     estimates: list[dict[str, Any]] = field(default_factory=list)
     batches: int = 0
@@ -86,7 +89,7 @@ class Task:
             return
         # On a copy: changing the bits of a model fits its scales anew.
         probe = copy.deepcopy(model)
-        probe.set_strategy(model.strategy.with_bits(self.descent.start))
+        probe.set_strategy(self.descent.strategy(self.descent.start))
         probe.calibrate(self.batches())
         pairs = zip(model.quantized_layers().values(), probe.quantized_layers().values(), strict=True)
         for layer, fitted in pairs:
@@ -110,6 +113,7 @@ class Task:
                 "damage": damage,
                 "error": error,
                 "cost": self.descent.total(),
+                "average_bits": self.descent.average_bits(),
             }
         )
 

@@ -4,6 +4,7 @@ Both see, batch by batch, what each layer drew (1 for the upper bitwidth, 0 for 
 to its DBP, `<dL/dw_q, Q_upper(w) - Q_lower(w)>`.
 """
 
+import heapq
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -139,8 +140,8 @@ class TwoSided:
         enough = sides.error <= sides.damage / 2 or sum(sides.draws) >= self.max_draws
         return min(sides.draws) >= self.min_draws and enough
 
-    def next_move(self) -> Move | None:
-        """The layer with the least damage (estimate and its error) per saved cost, once it is ready; None while it is not.
+    def next_moves(self, count: int = 1) -> list[Move]:
+        """Of the `count` layers with the least damage (estimate and its error) per saved cost, those that are ready.
 
         Waiting matters: sensitive layers are measured quickly and harmless ones slowly, so taking the best of those
         that are ready would step down the sensitive ones first. A layer with too few draws since its last step counts
@@ -152,10 +153,8 @@ class TwoSided:
             saved = self.descent.saved(name)
             return self._cautious(name) / saved, -saved
 
-        best = min(self.descent.movable, key=price)
-        if not self._ready(self.sides[best]):
-            return None
-        return Move(best, self.sides[best].damage, self.sides[best].error)
+        best = heapq.nsmallest(count, self.descent.movable, key=price)
+        return [Move(n, self.sides[n].damage, self.sides[n].error) for n in best if self._ready(self.sides[n])]
 
     def _cautious(self, name: str) -> float:
         """The damage that a layer is compared by."""
@@ -257,17 +256,18 @@ class Paper:
         # Beyond +-4 the sigmoid is flat and a layer would never come back.
         self.theta = (self.theta - self.lr * self.velocity).clamp(-4, 4)
 
-    def next_move(self) -> Move | None:
+    def next_moves(self, count: int = 1) -> list[Move]:
+        """Of the layers whose beta is below the threshold, the `count` with the lowest."""
         beta = dict(zip(self.descent.names, torch.sigmoid(self.theta).tolist(), strict=True))
         ready = [name for name in self.descent.movable if beta[name] < self.threshold]
-        if not ready:
-            return None
-        best = min(ready, key=lambda name: beta[name])
-        lower = self.descent.next_bits(best)
+        return [self._move(name) for name in heapq.nsmallest(count, ready, key=lambda name: beta[name])]
+
+    def _move(self, name: str) -> Move:
+        lower = self.descent.next_bits(name)
         assert lower is not None
-        errors = self.errors[best]
+        errors = self.errors[name]
         # The paper's search estimates no damage; the growth of the quantization error orders the refill.
-        return Move(best, errors[lower] - errors[self.descent.bits[best]], 0.0)
+        return Move(name, errors[lower] - errors[self.descent.bits[name]], 0.0)
 
     def reset(self, name: str) -> None:
         index = self.descent.names.index(name)

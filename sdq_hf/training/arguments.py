@@ -14,7 +14,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from ..costs import get_cost
-from ..search import METHODS, SDQ_METHODS, check_options
+from ..search import METHODS, SDQ_METHODS, check_granularity, check_options
 from ..strategy import FLOAT_BITS
 from .optim import OptimizerArguments, check_names
 
@@ -35,6 +35,9 @@ class ModelArguments:
     pretrained: bool = _option(False, "Start from timm's pretrained weights.")
     checkpoint: str | None = _option(None, "File with float weights of the model, as timm reads it.")
     candidates: list[int] = _option([1, 2, 3, 4, 5, 6, 7, 8], "Bitwidths that a layer may have.")
+    granularity: Literal["layer", "block", "net", "kernel"] = _option(
+        "layer", "What shares one bitwidth; kernel: each output channel has its own."
+    )
     activation_bits: int = _option(4, f"Bits of activations between the first and the last layer; {FLOAT_BITS}: float.")
     first_last_bits: int = _option(8, f"Bits of the first and last layer, which are not searched; {FLOAT_BITS}: float.")
     pins: list[str] = _option([], "PATTERN=BITS of layers the search leaves alone, e.g. 'layer1.*=8'.")
@@ -262,7 +265,7 @@ def _check(arguments: Arguments) -> None:
             get_cost(source)
         except ValueError as error:
             raise ArgumentError(f"--budgets: {error}") from None
-    _check_methods(search)
+    _check_methods(search, arguments.model.granularity)
     teacher = arguments.teacher
     positive = {
         "epochs": tune.epochs,
@@ -320,7 +323,7 @@ def _check(arguments: Arguments) -> None:
         raise ArgumentError("--push_to_hub needs --hub_model_id, such as org/resnet18-sdq")
 
 
-def _check_methods(search: SearchArguments) -> None:
+def _check_methods(search: SearchArguments, granularity: str) -> None:
     for option, names, known in (
         ("search", [search.search], list(METHODS)),
         ("controls", search.controls, [*RIVALS, "none"]),
@@ -330,6 +333,11 @@ def _check_methods(search: SearchArguments) -> None:
                 near = get_close_matches(name, known, n=1)
                 hint = f" (did you mean {near[0]}?)" if near else ""
                 raise ArgumentError(f"--{option} takes {', '.join(known)}, got {name!r}{hint}")
+    for name in (search.search, *search.controls):
+        try:
+            check_granularity(name, granularity if name != "none" else "layer")
+        except ValueError as error:
+            raise ArgumentError(f"--granularity: {error}") from None
     try:
         check_options(search.search, values_by_name(search.search_options))
     except TypeError as error:

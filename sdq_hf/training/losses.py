@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ..modeling_sdq import SDQForImageClassification
 from ..quantizers import bin_regularization
+from ..quantizers.weight import channel_parts
 
 
 def distillation(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
@@ -29,9 +30,8 @@ def total_bin_regularization(model: SDQForImageClassification) -> Tensor:
     for name, layer in model.quantized_layers().items():
         quantizer = layer.weight_quantizer
         if not strategy[name].pinned:
-            terms.append(
-                bin_regularization(layer.weight, quantizer.form, quantizer.grid, quantizer.bits, quantizer.scale)
-            )
+            for weight, bits, scale, _ in channel_parts(layer.weight, quantizer.bits, quantizer.scale):
+                terms.append(bin_regularization(weight, quantizer.form, quantizer.grid, bits, scale))
     return torch.stack(terms).sum() if terms else torch.zeros((), device=model.device)
 
 

@@ -135,7 +135,7 @@ def plot(run: Run, entries: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[
     shown = {entry["name"]: Strategy.from_json(entry["strategy"]) for entry in kept}
     plots.plot_bits(shown, folder / "bits.png")
     if logs:
-        plots.plot_descent(logs, run.base.strategy, folder / "descent.png")
+        plots.plot_descent(logs, folder / "descent.png")
     plots.plot_accuracy(rows, folder / "accuracy.png")
     # Drawn after the fine-tune, from the real weights, which the packed file has no more.
     shutil.copyfile(run.folder / "models" / first / "plots" / "weights.png", folder / "weights.png")
@@ -153,7 +153,7 @@ def write_cards(run: Run, entries: Sequence[Mapping[str, Any]], results: Mapping
         plots.plot_bits({entry["name"]: model.strategy}, folder / "plots" / "bits.png")
         cost = entry["cost"]
         if entry["method"] == main_method(entries) and cost in logs:
-            plots.plot_descent({cost: logs[cost]}, run.base.strategy, folder / "plots" / "descent.png")
+            plots.plot_descent({cost: logs[cost]}, folder / "plots" / "descent.png")
         shutil.copyfile(run.folder / "plots" / "accuracy.png", folder / "plots" / "accuracy.png")
         text = card.create_card(model, folder, card.RunFacts(results, entry["name"]), run.arguments.run.hub_license)
         write_text(folder / "README.md", str(text))

@@ -30,7 +30,7 @@ from ..layers import input_quantizers
 from ..modeling_sdq import SDQForImageClassification
 from ..search import SDQ_METHODS, SearchLog, SearchState, search
 from ..search.descent import Descent
-from ..strategy import Strategy
+from ..strategy import Strategy, bits_text
 from ..writing import save_tensors, write_json
 from .arguments import (
     ArgumentError,
@@ -196,6 +196,7 @@ class Run:
             model_args=self.model_args,
             img_size=self.arguments.data.img_size,
             candidates=model.candidates,
+            granularity=model.granularity,
             activation_bits=model.activation_bits,
             first_last_bits=model.first_last_bits,
             pins=bits_by_pattern(model.pins, "pins"),
@@ -383,7 +384,7 @@ class Run:
         for budget, strategy in zip(budgets, strategies, strict=True):
             self.accelerator.print(
                 f"{name}: for {budget:.4g} {cost.unit}: {strategy.average_bits():.2f} average bits, "
-                f"{strategy.bitops() / 1e9:.4f} GBitOPs, bits {' '.join(str(b) for b in strategy.weight_bits.values())}",
+                f"{strategy.bitops() / 1e9:.4f} GBitOPs, bits {' '.join(map(bits_text, strategy.weight_bits.values()))}",
                 flush=True,
             )
         if self.accelerator.is_main_process:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sdq_hf import LayerBits, SDQForImageClassification, Strategy
+from sdq_hf import SDQForImageClassification
 from sdq_hf.hub import plots
 
 
@@ -29,25 +29,25 @@ def test_bars_are_the_bits_and_the_weights_of_the_layers(model):
 
 def test_the_heat_map_replays_the_moves():
     start = {"a": 6, "b": 6, "c": 3}
-    moves = [("b", 2, 5, 9.0), ("c", 4, 2, 7.0), ("b", 4, 4, 5.0)]
+    moves = [("b", 2, 5, 9.0, 4.5), ("c", 4, 2, 7.0, 4.0), ("b", 4, 4, 5.0, 3.5)]
     log = {
         "cost": "bits",
         "start": start,
         "start_cost": 10.0,
         "budgets": [5.5],
-        "moves": [{"layer": n, "batch": at, "to": to, "cost": cost} for n, at, to, cost in moves],
+        "start_average_bits": 5.0,
+        "moves": [dict(zip(("layer", "batch", "to", "cost", "average_bits"), move, strict=True)) for move in moves],
     }
-    sizes = Strategy.of({name: LayerBits(6, 4, weights, 10) for name, weights in (("a", 1), ("b", 2), ("c", 3))})
-    cost, layers = plots.figure_descent({"bits": log}, sizes).axes[:2]
+    cost, layers = plots.figure_descent({"bits": log}).axes[:2]
     (image,) = layers.get_images()
     assert image.get_array().tolist() == [[6] * 5, [6, 6, 5, 5, 4], [3, 3, 3, 3, 2]]
     line, budget = cost.get_lines()
     assert line.get_xydata().tolist() == [[0, 10], [2, 9], [4, 7], [4, 5]]
     assert list(budget.get_ydata()) == [5.5, 5.5]
     # A search under BitOPs shows the average bits as well.
-    axes = plots.figure_descent({"bitops": {**log, "cost": "bitops"}}, sizes).axes
+    axes = plots.figure_descent({"bitops": {**log, "cost": "bitops"}}).axes
     (average,) = next(axis for axis in axes if axis.get_ylabel() == "average bits").get_lines()
-    assert average.get_ydata().tolist() == [27 / 6, 25 / 6, 22 / 6, 20 / 6]
+    assert average.get_ydata().tolist() == [5.0, 4.5, 4.0, 3.5]
 
 
 def row(name, method, cost="bits", **values):
@@ -95,7 +95,7 @@ def test_pictures_are_written_whole(model, tmp_path):
     for empty in (
         lambda: plots.figure_bits({}),
         lambda: plots.figure_accuracy([]),
-        lambda: plots.figure_descent({}, model.strategy),
+        lambda: plots.figure_descent({}),
     ):
         with pytest.raises(ValueError, match="to plot"):
             empty()

@@ -271,6 +271,20 @@ def test_budgets_may_be_in_any_cost_and_in_a_table_of_ones_own(data, tmp_path):
     assert (folder / "plots" / "descent.png").exists()
 
 
+def test_channels_may_have_bits_of_their_own(data, tmp_path):
+    changes = {"granularity": "kernel", "candidates": "2 4 6", "target_bits": 5, "target_bitops": None}
+    folder = tmp_path / "run"
+    with redirect_stdout(io.StringIO()):
+        assert main(options(data, folder, teacher_epochs=1, epochs=1, controls="greedy", **changes)) == 0
+    assert list(rows_of(folder)) == ["full precision", "sdq-bits-5", "greedy-bits-5"]
+    for name in ("sdq-bits-5", "greedy-bits-5"):
+        model = SDQForImageClassification.from_pretrained(folder / "models" / name)
+        assert 4.95 <= model.strategy.average_bits() <= 5
+        bits = model.strategy["layer3.0.conv2"].weight_bits
+        assert set(bits) <= {2, 4, 6}
+        assert f"~{sum(bits) / len(bits):.2f}" in (folder / "models" / name / "README.md").read_text()
+
+
 @pytest.mark.parametrize(("kd", "learns"), [("false", True), ("true", False)])
 def test_without_distillation_labels_are_learned_whatever_the_teacher_says(data, tmp_path, kd, learns):
     """The teacher is not trained: who learns from it stays at chance, 25 %."""
@@ -419,6 +433,7 @@ def test_a_wrong_token_is_told_before_the_run(data, hub, tmp_path, capsys, monke
         ({"target_bits": 0.5}, "between 1 and 8"),
         ({"target_bitops": 11}, "out of reach"),
         ({"budgets": "bytes"}, "takes COST=VALUE"),
+        ({"granularity": "kernel", "controls": "hawq"}, "--granularity: The method 'hawq' does not search"),
         ({"budgets": "bitop=3"}, "Did you mean 'bitops'"),
         ({"budgets": "lut=uniform"}, "takes COST=VALUE"),
         ({"budgets": "compression=90"}, "What binds most: layer3.0.conv2 (at least 1 bits"),

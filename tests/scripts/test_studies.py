@@ -146,7 +146,7 @@ def test_planting_changes_no_output_and_hides_the_small_channels(study, tmp_path
 
 
 def test_the_study_of_peers_measures_sdq_where_no_peer_is_installed(study, tmp_path):
-    options = "--peers sdq --target_bits 5 --search_batch_size 4 --epochs 8"
+    options = "--peers sdq --target_bits 5 --search_batch_size 4 --epochs 8 --lrs 0.003"
     printed, (cell,) = study(study_peers, options, tmp_path / "peers.json")
     sizes = {
         name: layer.num_weights

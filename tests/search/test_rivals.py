@@ -149,21 +149,31 @@ def test_hessian_traces_are_those_of_the_whole_hessian(planted):
     assert estimate == pytest.approx(exact, rel=0.15)
 
 
+def weight_of(mixture):
+    """What the mixture's only layer computes with."""
+    (layer,) = mixture.layers
+    mixture.attach()
+    try:
+        return layer.quantized_weight()
+    finally:
+        layer.weight_source = None
+
+
 @pytest.mark.parametrize("shares", [fracbits_shares, edmips_shares])
 def test_mixtures_are_what_they_say_and_their_gradients_are_finite_differences(planted, shares):
     layer, rungs = planted.quantized_layers()[FEW[0]], [1, 2, 4]
     start = torch.tensor(1.25) if shares is fracbits_shares else torch.tensor([0.5, -0.3, 0.1])
-    mixture = Mixture(layer, rungs, start, shares)
+    mixture = Mixture([layer], rungs, start, shares)
     expected = torch.tensor([0.0, 0.75, 0.25]) if shares is fracbits_shares else start.softmax(0)
     torch.testing.assert_close(mixture.shares().detach(), expected)
     parts = torch.stack([quantized(layer, bits) for bits in rungs])
-    weight = mixture.weight(layer.weight)
+    weight = weight_of(mixture)
     torch.testing.assert_close(weight.detach(), (expected.view(-1, 1, 1, 1, 1) * parts).sum(0))
     factor = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
     (weight * factor).sum().backward()
 
     def value(parameter):
-        return (Mixture(layer, rungs, parameter, shares).weight(layer.weight) * factor).sum().item()
+        return (weight_of(Mixture([layer], rungs, parameter, shares)) * factor).sum().item()
 
     step = 1e-2
     for i in range(start.numel()):
@@ -178,10 +188,10 @@ def test_mixtures_are_what_they_say_and_their_gradients_are_finite_differences(p
 def test_the_gradient_at_a_whole_place_is_that_of_the_two_bitwidths_next_to_it(planted, place, rungs):
     """One of their shares is 0 there; at the top, where the search starts, it is the lower one's."""
     layer, ladder = planted.quantized_layers()[FEW[0]], [1, 2, 4]
-    mixture = Mixture(layer, ladder, torch.tensor(place), fracbits_shares)
+    mixture = Mixture([layer], ladder, torch.tensor(place), fracbits_shares)
     lower, upper = (quantized(layer, ladder[rung]) for rung in rungs)
     factor = torch.randn(lower.shape, generator=torch.Generator().manual_seed(0))
-    (mixture.weight(layer.weight) * factor).sum().backward()
+    (weight_of(mixture) * factor).sum().backward()
     expected = ((upper - lower) * factor).sum()
     torch.testing.assert_close(mixture.parameter.grad, expected, rtol=1e-4, atol=1e-4)
 
@@ -244,7 +254,8 @@ def test_budgets_are_met_in_both_costs(planted, method):
 
 def test_size_gives_half_a_bit_less_for_each_doubling():
     layers = {f"l{i}": LayerBits(8, 4, 100 * 4**i, 100) for i in range(4)}
-    model = SimpleNamespace(strategy=Strategy.of(layers), config=SimpleNamespace(candidates=list(range(1, 9))))
+    config = SimpleNamespace(candidates=list(range(1, 9)), granularity="layer")
+    model = SimpleNamespace(strategy=Strategy.of(layers), config=config, timm_model=None)
     (found,) = search(model, None, [2.318], method="size", accelerator=Accelerator(cpu=True))
     assert list(found.weight_bits.values()) == [5, 4, 3, 2]
 

@@ -99,7 +99,7 @@ def test_two_sided_estimate_is_exact_for_a_quadratic_loss():
         update.observe({n: gradient(drawn[n]) for n in way.names}, drawn)
     truth = -(slope + curvature / 2)
     assert all(damage == pytest.approx(truth) for damage, _ in update.estimates().values())
-    assert update.next_move() is not None
+    assert update.next_moves()
 
 
 def test_from_two_bits_the_estimate_is_exact_for_a_loss_of_fourth_order():
@@ -127,7 +127,7 @@ def test_a_layer_that_has_just_stepped_holds_the_others_up_only_while_it_may_be_
     for step in range(40):
         drawn = update.draw(step)
         update.observe({name: -damage for name, damage in damages.items()}, drawn)
-    move = update.next_move()
+    (move,) = update.next_moves()
     assert move.layer == "l0"
     way.step_down("l0", move.damage)
     update.reset("l0")
@@ -135,7 +135,7 @@ def test_a_layer_that_has_just_stepped_holds_the_others_up_only_while_it_may_be_
     resumed = TwoSided(way, seed=0, growth=growth)
     resumed.load_state_dict(json.loads(json.dumps(update.state_dict())))
     for one in (update, resumed):
-        assert getattr(one.next_move(), "layer", None) == expected
+        assert [move.layer for move in one.next_moves()] == ([expected] if expected else [])
 
 
 @pytest.fixture(scope="module")
@@ -216,14 +216,14 @@ def test_drawn_weights_are_the_quantized_ones_and_gradients_are_those_of_the_cho
     name, names = "layer2.0.conv1", list(planted.strategy.searchable)
     layer, images = model.quantized_layers()[name], Images().batches[0]["pixel_values"][:4]
     model.calibrate([images])
-    weights = StochasticWeights(model, trained=trained)
-    for other in names:
-        weights.set(other, 3, 2)
+    way = Descent(model.strategy, COSTS["bits"], [2.0], model.config.candidates, start_bits=3)
+    weights = StochasticWeights(model, way, trained=trained)
+    weights.start()
     for upper in (True, False):
         weights.choose(dict.fromkeys(names, upper))
         model.zero_grad()
         model(images).logits.square().sum().backward()
-        gate = dict(zip(*weights.gradients(), strict=True))[name]
+        gate = dict(zip(names, weights.gradients(), strict=True))[name]
         # The same network at fixed bits: its gradient to the quantized weight is what both gradients come from.
         fixed = copy.deepcopy(planted).eval()
         fixed.set_strategy(3 if upper else 2)
@@ -249,9 +249,10 @@ def test_drawn_weights_are_the_quantized_ones_and_gradients_are_those_of_the_cho
 
 def test_weights_halfway_are_the_mean_and_train_through_both(planted):
     model, name = copy.deepcopy(planted).eval(), "layer2.0.conv1"
-    layer, weights = model.quantized_layers()[name], StochasticWeights(model, trained=True)
-    weights.set(name, 2, 1)
-    weights.choose({name: 0.5})
+    way = Descent(model.strategy, COSTS["bits"], [1.0], model.config.candidates, start_bits=2)
+    layer, weights = model.quantized_layers()[name], StochasticWeights(model, way, trained=True)
+    weights.start()
+    weights.choose(dict.fromkeys(way.names, 0.5))
     halfway = layer.quantized_weight()
     scales = {bits: best_scale(layer.weight, "lsq", "midrise", bits) for bits in (2, 1)}
     sides = [fake_quantize(layer.weight.detach(), "lsq", "midrise", bits, scales[bits]) for bits in (2, 1)]
@@ -260,7 +261,7 @@ def test_weights_halfway_are_the_mean_and_train_through_both(planted):
     (halfway * grad).sum().backward()
     inside = sum((layer.weight.detach().abs() <= scale).float() for scale in scales.values()) / 2
     torch.testing.assert_close(layer.weight.grad, grad * inside)
-    (gate,) = weights.gradients()[1].tolist()
+    gate = dict(zip(way.names, weights.gradients().tolist(), strict=True))[name]
     assert gate == pytest.approx((grad * (sides[0] - sides[1])).sum().item(), rel=1e-4)
     weights.clear()
 
