@@ -1,6 +1,7 @@
 """What a configuration says: its timm network, and that network's strategy, the one it holds or the top of the ladder."""
 
 import fnmatch
+import re
 from dataclasses import replace
 from typing import Any, cast
 
@@ -8,12 +9,18 @@ from torch import Tensor, nn
 
 from .backbones import create_backbone
 from .configuration_sdq import SDQConfig
-from .layers import count_macs, quantizable_layers
+from .folding import fold
+from .layers import count_macs, own_forward, quantizable_layers
 from .strategy import FLOAT_BITS, LayerBits, Strategy, unknown_layer
 
 
 def configured_backbone(config: SDQConfig) -> nn.Module:
-    """The timm network of `config`, with the weights that timm initialises it with."""
+    """The timm network of `config`, folded (`sdq_hf.folding`), with the weights that timm initialises it with."""
+    return fold(timm_backbone(config))
+
+
+def timm_backbone(config: SDQConfig) -> nn.Module:
+    """The network of `config` as timm makes it."""
     return create_backbone(config.architecture, pretrained=False, num_classes=config.num_labels, **config.model_args)
 
 
@@ -28,16 +35,14 @@ def initial_strategy(config: SDQConfig, network: nn.Module) -> Strategy:
             f"(channels, height, width): {error}"
         ) from error
     names = list(layers)
-    result = {}
+    result, refused = {}, dict[str, list[str]]()
     for name in names:
         is_end = name in (names[0], names[-1])
         pin = config.pinned_bits(name)
         bits = pin if pin is not None else config.first_last_bits if is_end else max(config.candidates)
-        if bits != FLOAT_BITS and macs[name] == 0:
-            raise ValueError(
-                f"Layer {name!r} of {config.architecture} is never called: its weight is unused, or read past its "
-                f"forward, where no quantizer can stand. Keep it float with pins={{{name!r}: {FLOAT_BITS}}}."
-            )
+        reason = own_forward(layers[name]) if macs[name] else _NEVER_CALLED
+        if bits != FLOAT_BITS and reason is not None:
+            refused.setdefault(reason, []).append(name)
         activation_bits = config.first_last_bits if is_end else config.activation_bits
         if bits == FLOAT_BITS:
             activation_bits = FLOAT_BITS
@@ -48,12 +53,31 @@ def initial_strategy(config: SDQConfig, network: nn.Module) -> Strategy:
         result[name] = LayerBits(
             (bits,) * channels if per_channel else bits, activation_bits, weights, macs[name], pinned
         )
+    if refused:
+        raise ValueError(_refusal(config.architecture, refused, names))
     for pattern in config.pins:
         if not fnmatch.filter(names, pattern):
             raise ValueError(f"pins: no layer of {config.architecture} matches {pattern!r}, e.g. {names[:3]}.")
     if not any(not layer.pinned for layer in result.values()):
         raise ValueError(f"{config.architecture} has no layer left to search: all {len(names)} are pinned.")
     return Strategy.of(result)
+
+
+_NEVER_CALLED = "is never called: its weight is unused, or read past its forward, where no quantizer can stand."
+
+
+def _refusal(architecture: str, refused: dict[str, list[str]], names: list[str]) -> str:
+    """Which layers cannot be quantized (`refused`, reason -> layers of the network's `names`), and what can be done."""
+    texts, pins = [], {}
+    for reason, layers in refused.items():
+        more = f" of {architecture}" + (f", and {len(layers) - 1} more," if len(layers) > 1 else "")
+        texts.append(f"Layer {layers[0]!r}{more} {reason}")
+    unwanted = {name for layers in refused.values() for name in layers}
+    for name in sorted(unwanted, key=names.index):
+        # One pattern for the same layer in all blocks, if there is nothing else that it would match.
+        pattern = re.sub(r"\d+", "*", name)
+        pins[pattern if unwanted.issuperset(fnmatch.filter(names, pattern)) else name] = FLOAT_BITS
+    return f"{' '.join(texts)} Keep {'it' if len(unwanted) == 1 else 'them'} float with pins={pins}."
 
 
 def fitting_strategy(config: SDQConfig, network: nn.Module) -> tuple[Strategy, list[str]]:

@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from timm.layers import Conv2dSame
+from timm.layers import Linear as TimmLinear
 from timm.layers.conv2d_same import conv2d_same
 from torch import Tensor, nn
 
@@ -90,6 +91,8 @@ class QuantizedConv2dSame(QuantizedLayer, Conv2dSame):
 
 _SUBCLASSES: dict[type[nn.Module], type[QuantizedLayer]] = {
     nn.Linear: QuantizedLinear,
+    # It differs from torch's in TorchScript only.
+    TimmLinear: QuantizedLinear,
     nn.Conv2d: QuantizedConv2d,
     Conv2dSame: QuantizedConv2dSame,
 }
@@ -116,20 +119,24 @@ def input_quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:
     return {name: layer.input_quantizer for name, layer in layers.items() if layer.input_quantizer is not None}
 
 
+def own_forward(module: nn.Module) -> str | None:
+    """What is to be said of a conv or linear layer whose class computes with its weight in a way of its own, else None."""
+    if type(module) in _SUBCLASSES:
+        return None
+    known = ", ".join(f"{c.__module__.split('.')[0]}'s {c.__name__}" for c in _SUBCLASSES)
+    own = f"{type(module).__module__}.{type(module).__name__}"
+    return f"is a {own}, whose forward SDQ does not know; it quantizes {known}."
+
+
 def attach(module: nn.Module, name: str, bits: LayerBits, form: str, grid: str) -> None:
     """Turn one conv or linear layer into its quantized subclass, in place.
 
     Raises `ValueError` with the layer's name when its class computes with its weight in a way of its own.
     """
-    subclass = _SUBCLASSES.get(type(module))
-    if subclass is None:
-        known = ", ".join(f"{c.__module__.split('.')[0]}'s {c.__name__}" for c in _SUBCLASSES)
-        own = f"{type(module).__module__}.{type(module).__name__}"
-        raise ValueError(
-            f"Layer {name!r} is a {own}, whose forward SDQ does not know; it quantizes {known}. "
-            f"Keep the layer float with pins={{{name!r}: {FLOAT_BITS}}}."
-        )
-    module.__class__ = cast(Any, subclass)
+    reason = own_forward(module)
+    if reason is not None:
+        raise ValueError(f"Layer {name!r} {reason} Keep it float with pins={{{name!r}: {FLOAT_BITS}}}.")
+    module.__class__ = cast(Any, _SUBCLASSES[type(module)])
     layer = cast(QuantizedLayer, module)
     device = layer.weight.device
     layer.weight_source, layer.enabled, layer.has_float_weight = None, True, bits.weight_bits == FLOAT_BITS

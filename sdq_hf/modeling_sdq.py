@@ -2,7 +2,7 @@
 
 import copy
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
@@ -18,7 +18,8 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from .backbones import create_backbone, hub_id, pretrained_labels
 from .checkpoint import DIGEST
 from .configuration_sdq import SDQConfig
-from .configured import configured_backbone, fitting_strategy, initial_strategy
+from .configured import configured_backbone, fitting_strategy, initial_strategy, timm_backbone
+from .folding import folded_state
 from .hf_quantizer import SDQHfQuantizer, SDQQuantizationConfig
 from .layers import (
     QuantizedLayer,
@@ -150,7 +151,7 @@ class SDQForImageClassification(PackedFilesMixin):
             **config_kwargs,
         )
         model = cls(config)
-        model.load_float_state(source.state_dict())
+        model._take_weights(folded_state(source))
         return model
 
     def _attach(self, strategy: Strategy) -> None:
@@ -193,21 +194,23 @@ class SDQForImageClassification(PackedFilesMixin):
     @torch.no_grad()
     def load_float_state(self, state: Mapping[str, Tensor]) -> None:
         """Take the weights of a float timm model (its `state_dict`), fit every scale to them, and forget the steps."""
+        with torch.device("meta"):
+            network = timm_backbone(self.config)
+        _check_names(state, network.state_dict())
+        network.load_state_dict(state, assign=True)
+        self._take_weights(folded_state(network))
+
+    @torch.no_grad()
+    def _take_weights(self, state: Mapping[str, Tensor]) -> None:
         own = self.timm_model.state_dict()
-        extra = {key for key in own if is_quantizer_state(key)}
-        missing = own.keys() - extra - state.keys()
-        unexpected = state.keys() - own.keys()
-        if missing or unexpected:
-            raise KeyError(
-                f"Float weights do not fit: missing {sorted(missing)[:3]}, unexpected {sorted(unexpected)[:3]}."
-            )
+        _check_names(state, [key for key in own if not is_quantizer_state(key)])
         self.timm_model.load_state_dict({**own, **state})
         for layer in self.quantized_layers().values():
             layer.weight_quantizer.fit_scale(layer.weight)
         self._forget_steps()
 
     def float_twin(self) -> nn.Module:
-        """The float timm model with this model's real weights: an independent copy, in eval mode."""
+        """The float timm model, folded (`sdq_hf.folding`), with this model's real weights: a copy in eval mode."""
         twin = configured_backbone(self.config)
         own, wanted = self.timm_model.state_dict(), twin.state_dict()
         twin.load_state_dict({key: own[key] for key in wanted})
@@ -312,6 +315,13 @@ class SDQForImageClassification(PackedFilesMixin):
         strategy = {name: replace(layer, weight_bits=FLOAT_BITS, pinned=True) for name, layer in self.strategy.items()}
         self.config.strategy = Strategy.of(strategy).to_json()
         return self if dtype is None else self.to(dtype)
+
+
+def _check_names(state: Mapping[str, Tensor], expected: Collection[str]) -> None:
+    """`KeyError` where the tensors of `state` are not those that are expected."""
+    missing, unexpected = set(expected) - state.keys(), state.keys() - set(expected)
+    if missing or unexpected:
+        raise KeyError(f"Float weights do not fit: missing {sorted(missing)[:3]}, unexpected {sorted(unexpected)[:3]}.")
 
 
 def _pixels(batch: Tensor | Mapping[str, Tensor]) -> Tensor:

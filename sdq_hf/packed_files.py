@@ -68,6 +68,7 @@ class PackedFilesMixin(PreTrainedModel):
         for name, quantizer in input_quantizers(model.timm_model).items():
             check_inputs(name, quantizer)
         _restore_buffers(model)
+        _align(model)
         return (model, info) if wants_info else model
 
     def save_pretrained(
@@ -174,3 +175,10 @@ def _restore_buffers(model: Any) -> None:
         made = dict(configured_backbone(model.config).named_buffers())
         for name, buffer in empty.items():
             buffer.copy_(made[name])
+
+
+def _align(model: Any) -> None:
+    """Copy tensors that are views of the file to where torch puts its own: elsewhere CPU kernels may round otherwise."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.data_ptr() % 64:
+            tensor.data = tensor.data.clone()
