@@ -10,6 +10,8 @@ The function of the network stays the same. What is put otherwise:
   the bias in the same operation. timm has a switch that calls the layer and adds the bias behind it.
 - A module that stands in several places of the network (position encodings of CoaT) is one layer with one bitwidth: the
   `state_dict` has it under its first name only.
+- Attention with learned position biases (LeViT, EfficientViT, TinyViT) keeps what it made of them in eval mode from one
+  forward to the next. It forgets that after each, as the search trains weights in eval mode.
 - Layers that share one weight each get their own copy, since each has its own bits.
 """
 
@@ -41,6 +43,8 @@ def fold(network: nn.Module) -> nn.Module:
             module.weight = nn.Parameter(module.weight.detach().clone())
         elif hasattr(module, "qkv_bias_separate"):
             module.qkv_bias_separate = True
+        elif hasattr(module, "attention_bias_cache"):
+            module.register_forward_hook(_forget_biases, always_call=True)
         if isinstance(module, nn.Linear | nn.Conv2d):
             seen.add(id(module.weight))
     if _aliases(network):
@@ -67,6 +71,10 @@ def _standardised_weight(layer: Any) -> Tensor:
     flat = layer.weight.reshape(1, layer.out_channels, -1)
     flat = F.batch_norm(flat, None, None, weight=gain, training=True, momentum=0.0, eps=layer.eps)
     return flat.reshape_as(layer.weight)
+
+
+def _forget_biases(module: Any, *_: Any) -> None:
+    module.attention_bias_cache = {}
 
 
 def _aliases(network: nn.Module) -> dict[str, str]:

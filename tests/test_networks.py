@@ -1,5 +1,7 @@
 """What timm's networks are built of, beyond plain chains of convolutions: each goes all the way to a file and back."""
 
+import copy
+
 import pytest
 import timm
 import torch
@@ -149,6 +151,22 @@ def test_attention_with_a_bias_of_its_own_computes_the_same():
         torch.testing.assert_close(model(images()).logits, network(images()))
 
 
+def test_attention_biases_are_not_kept_from_one_forward_to_the_next():
+    _, model = from_float("efficientvit_m0", size=64, weight_quantizer="dorefa")
+    biases = {name: p for name, p in model.named_parameters() if name.endswith("attention_biases")}
+    x = images(size=64)
+    # As in the search: eval mode, with gradients.
+    before = model(x).logits
+    before.sum().backward()
+    with torch.no_grad():
+        for bias in biases.values():
+            bias.copy_(torch.randn_like(bias))
+    after = copy.deepcopy(model)(x).logits
+    after.sum().backward()
+    assert biases
+    assert not torch.equal(before, after)
+
+
 def test_shared_modules_and_weights_go_the_whole_way(tmp_path):
     network, model = from_float("odd_net")
     with model.float_mode(), torch.no_grad():
@@ -160,6 +178,8 @@ def test_shared_modules_and_weights_go_the_whole_way(tmp_path):
     levels = {n: model.quantized_layers()[n].quantized_weight().unique().numel() for n in ("left", "right")}
     assert levels["left"] <= 4 < levels["right"] <= 32
     check_whole_way(model, images(), tmp_path)
+    with torch.no_grad():
+        assert torch.equal(copy.deepcopy(model).dequantize()(images()).logits, model(images()).logits)
     state = {key: value.clone() for key, value in model.state_dict().items()}
     other = SDQForImageClassification.from_timm("odd_net", num_labels=10, img_size=32)
     other.set_strategy(model.strategy)
