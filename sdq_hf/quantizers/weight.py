@@ -321,6 +321,9 @@ class WeightQuantizer(KeepsPositive, nn.Module):
             return self.from_codes(codes)
         assert isinstance(self.bits, int)
         x = codes_to_integers(codes, self.grid, self.bits) / half_range(self.grid, self.bits)
+        if (x == round_to_grid(x.new_zeros(()), self.grid, self.bits) / half_range(self.grid, self.bits)).all():
+            # A layer that timm starts at zero, as some heads: there is nothing to normalise.
+            return torch.zeros_like(x)
         if self.form == "dorefa":
             # Any common factor below 1 will do, as the largest |tanh| is divided out again. The largest weight stood on
             # an outermost level; two's complement has none at +1, so one weight of that level goes there.
