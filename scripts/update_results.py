@@ -25,10 +25,12 @@ import study_bins  # noqa: E402
 import study_landscape  # noqa: E402
 import study_peers  # noqa: E402
 import study_planted  # noqa: E402
+import study_pretrained  # noqa: E402
 import study_quantizers  # noqa: E402
 import study_search  # noqa: E402
 import study_signal  # noqa: E402
 import study_stability  # noqa: E402
+import sweep_timm  # noqa: E402
 
 from sdq_hf.writing import write_text  # noqa: E402
 
@@ -44,6 +46,8 @@ TABLES: dict[str, Callable[[list[Any]], str]] = {
     "landscape": lambda files: study_landscape.table(files[0]["cells"]),
     "stability": lambda files: study_stability.table(files[0]["cells"]),
     "signal": lambda files: study_signal.table(files[0]["cells"]),
+    "networks": lambda files: sweep_timm.table(files[0]),
+    "pretrained": lambda files: study_pretrained.table(files[0]["cells"]),
     "search": lambda files: study_search.table([cell for content in files for cell in content["cells"]]),
 }
 _BLOCK = re.compile(r"<!-- table: (\w+) ([^>]+?) -->\n.*?<!-- /table -->", re.DOTALL)

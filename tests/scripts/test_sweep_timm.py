@@ -1,0 +1,72 @@
+"""The sweep over timm's networks: children that die or hang are rows, and tables say what does not work."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+
+import study_pretrained
+import sweep_timm
+
+
+def test_a_child_that_dies_or_hangs_is_a_row_and_the_next_network_goes_on():
+    # The first job is none: the child ends with an error that it does not catch.
+    jobs = [["nonsense"], ["attach", "test_vit"]]
+    found = list(sweep_timm.results([list(job) for job in jobs], timeout=200))
+    assert [job for job, _ in found] == jobs
+    died, row = (row for _, row in found)
+    assert died["error"].startswith("the process ended with code 1")
+    assert "not enough values to unpack" in died["error"]
+    # 26 layers: patch embedding, four in each of six blocks, head.
+    assert row["layers"] == 26
+    assert row["quantized"] < row["params"] == 371240
+    ((_, slow),) = sweep_timm.results([["attach", "test_vit"]], timeout=0.05)
+    assert slow == {"error": "took longer than 0.05 s"}
+
+
+def test_a_network_goes_the_whole_way():
+    assert sweep_timm.run("test_resnet", "dorefa", {}) == {"size": 32, "form": "dorefa", "layers": 16}
+
+
+def test_the_table_of_networks_names_what_does_not_work():
+    attach = {
+        "a1": {"family": "a", "params": 2_000_000, "quantized": 1_900_000, "layers": 3},
+        "a2": {
+            "family": "a",
+            "params": 1_000_000,
+            "quantized": 500_000,
+            "layers": 2,
+            "pins": {"x": 32},
+            "refused": "why",
+        },
+        "b1": {"family": "b", "error": "took longer than 5 s"},
+        "c1": {"family": "c", "params": 100_000, "quantized": 100_000, "layers": 1},
+    }
+    # Of the two members of a, the one with pins is the smaller.
+    assert sweep_timm.smallest(attach, list(attach)) == ["c1", "a2"]
+    ran = {
+        "a2": {"family": "a", "size": 64, "form": "lsq", "layers": 2},
+        "c1": {"family": "c", "error": "logits differ"},
+    }
+    lines = sweep_timm.table({"attach": attach, "run": ran}).splitlines()
+    assert lines[2:5] == [
+        "| a | 2 | 1 | 50.0 to 95.0 | a2 | 1.0 | 64 | lsq | yes |",
+        "| b | 1 | 0 |  | | | | | not tried |",
+        "| c | 1 | all | 100.0 to 100.0 | c1 | 0.1 |  | | no |",
+    ]
+    assert lines[6:] == ["- `a2`: why", "- `b1`: took longer than 5 s", "- `c1`, the whole way: logits differ"]
+
+
+def test_the_table_of_pretrained_weights_counts_the_drop_from_step_to_step():
+    def cell(weights, activations, same):
+        fixed = {"bytes": 5_000_000, "centre": 9, "photographs": 10, "views": 50, "kl": 0.25}
+        return {"weights": weights, "activations": activations, "same": same, **fixed}
+
+    table = study_pretrained.table([cell(8, 8, 49), cell(8, 32, 50), cell(4, 4, 30), cell(4, 32, 40)])
+    rows = [[field.strip() for field in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+    assert [(row[0], row[1], row[4], row[5]) for row in rows] == [
+        ("8", "8", "49 of 50 (98.0%)", "2.0"),
+        ("4", "4", "30 of 50 (60.0%)", "38.0"),
+        ("8", "float", "50 of 50 (100.0%)", "0.0"),
+        ("4", "float", "40 of 50 (80.0%)", "20.0"),
+    ]
