@@ -8,7 +8,8 @@ evaluate (the test split, read once; table, results.json and plots). `--help` li
 
 With --push_to_hub --hub_model_id org/name the SDQ models are published at the end, each budget on a branch.
 
-Exit codes: 0 done; 1 done but not published; 2 wrong options or data, in one line; 130 stopped by Ctrl-C, with a checkpoint.
+Exit codes: 0 done; 1 done but not published; 2 wrong options or data, or ranks that disagree, in one line; 130 stopped by
+Ctrl-C, with a checkpoint.
 """
 
 import logging
@@ -19,6 +20,7 @@ import datasets
 import transformers
 
 from sdq_hf.hub.publish import PublishError, check_access, publish_run
+from sdq_hf.search.agreement import RankError
 from sdq_hf.training.arguments import Arguments, parse_arguments
 from sdq_hf.training.interrupt import Interrupt, Interrupted
 from sdq_hf.training.report import report
@@ -33,7 +35,7 @@ def main(argv: list[str]) -> int:
             # A wrong token is better known before the training than after it.
             check_access(str(arguments.run.hub_model_id))
         return run_stages(arguments)
-    except (ValueError, PublishError) as error:
+    except (ValueError, PublishError, RankError) as error:
         # Wrong options, data and budgets are ValueErrors of ours, each with a message of one line.
         print(f"run_sdq.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -88,13 +88,16 @@ def search(
             damage is measured in a network that has adapted to its bits; 0 keeps them frozen. For SDQ, fracbits and edmips.
         max_batches: gives up after so many, with a `BudgetError` that says how far it came.
         log: is filled with estimates and moves. on_step: is called after each batch.
-        accelerator: of a distributed or mixed-precision run; gradients to the DBPs are averaged over its ranks.
+        accelerator: of a distributed or mixed-precision run; gradients are averaged over its ranks, which are compared at
+            each batch. With its `gradient_accumulation_steps` so many batches share a draw and count as one. Batch norm
+            sees each batch of each rank by itself.
         resume_from: a `SearchState.state_dict()` of an interrupted search with the same arguments; SDQ's methods only.
             Plain numbers that JSON can hold, but for the mapping of tensors under "tensors".
         options: of the method; see `sdq_hf.search.updates.TwoSided` and `Paper`, and the functions of the rivals.
 
     Returns strategies in the order of `budgets`. Raises `BudgetError` (a `ValueError`) for a budget out of reach, with the
-    range and the layers that bind, before any work is done.
+    range and the layers that bind, before any work is done; `sdq_hf.search.agreement.RankError` on every rank once ranks
+    disagree (SDQ's methods only).
     """
     check_options(method, options)
     cost = get_cost(cost)

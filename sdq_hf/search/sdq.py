@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..strategy import Strategy
 from ..training.optim import OptimizerArguments, create_optimizer
+from .agreement import check_agreement, weights_digest
 from .descent import BudgetError
 from .errors import quantization_errors
 from .stochastic_weights import StochasticWeights, searching
@@ -68,19 +69,31 @@ def _descend(task: Task, update: TwoSided | Paper) -> list[Strategy]:
                     state["tensors"] = {**training.tensors(), **scales}
                 return state
 
-            batches = task.batches(start=step)
-            while not descent.done:
+            # Batches that share one draw and one update, as in the training loop.
+            accumulated = accelerator.gradient_accumulation_steps
+            batches = task.batches(start=step * accumulated)
+            distributed = accelerator.num_processes > 1
+            begin = {"budgets": descent.budgets, "weights": weights_digest(model)} if distributed else {}
+            while True:
+                drawn = update.draw(step)
+                if distributed:
+                    places = {"bits": descent.bits, "draws": drawn, "estimates": update.state_dict()}
+                    check_agreement(accelerator, step, begin | places)
+                if descent.done:
+                    break
                 if step >= task.max_batches:
                     raise BudgetError(
                         f"The search reached {descent.text(descent.total())} in {task.max_batches} batches, and its budget "
                         f"of {descent.text(min(descent.budgets))} was not met. Raise max_batches, or cost_weight or lr of "
                         "the paper's method."
                     )
-                images = next(batches)["pixel_values"].to(model.device)
-                drawn = update.draw(step)
                 weights.choose(drawn)
-                loss = distillation_loss(model, teacher, images, accelerator)
-                (loss * training.scale).backward()
+                mean_loss, count = torch.zeros((), device=model.device), 0
+                for _ in range(accumulated):
+                    images = next(batches)["pixel_values"].to(model.device)
+                    loss = distillation_loss(model, teacher, images, accelerator) / accumulated
+                    (loss * training.scale).backward()
+                    mean_loss, count = mean_loss + loss.detach(), count + len(images)
                 gradients = weights.gradients() / training.scale
                 gradients = cast(Tensor, accelerator.reduce(gradients, reduction="mean"))
                 values = dict(zip(descent.names, gradients.tolist(), strict=True))
@@ -105,11 +118,11 @@ def _descend(task: Task, update: TwoSided | Paper) -> list[Strategy]:
                         }
                     )
                 step += 1
-                log.batches, log.backward_images = step, log.backward_images + len(images)
+                log.batches, log.backward_images = step, log.backward_images + count
                 if task.on_step is not None:
                     average = descent.average_bits()
                     task.on_step(
-                        SearchState(step, descent.total(), average, loss.item(), len(images), moved, state_dict)
+                        SearchState(step, descent.total(), average, mean_loss.item(), count, moved, state_dict)
                     )
     finally:
         weights.clear()

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from torch import Tensor, nn
 
 from ..modeling_sdq import SDQForImageClassification
@@ -83,7 +84,7 @@ class Task:
         return endless(self.data, start)
 
     def calibrate(self) -> None:
-        """Fit the activation steps to the data at the starting bits, unless they are fitted."""
+        """Fit the activation steps to the data at the starting bits, unless they are fitted; all ranks take the first's."""
         model = self.model
         if model.is_calibrated():
             return
@@ -94,7 +95,7 @@ class Task:
         pairs = zip(model.quantized_layers().values(), probe.quantized_layers().values(), strict=True)
         for layer, fitted in pairs:
             if layer.input_quantizer is not None and fitted.input_quantizer is not None:
-                layer.input_quantizer.load_state_dict(fitted.input_quantizer.state_dict())
+                layer.input_quantizer.load_state_dict(broadcast(dict(fitted.input_quantizer.state_dict())))
 
     def float_network(self) -> nn.Module:
         """The network whose outputs the search stays close to: the teacher, or the model itself as it is now, in float."""
