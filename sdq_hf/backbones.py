@@ -42,7 +42,8 @@ class CifarResNet(ResNet):
         )
         for name, stage in stages:
             setattr(self, name, stage)
-        self.layer4 = nn.Identity()
+        # Not nn.Identity: timm's gradient checkpointing goes through the blocks of each stage.
+        self.layer4 = nn.Sequential()
         self.feature_info = [
             {"num_chs": width, "reduction": 1, "module": "act1"},
             *({"num_chs": c, "reduction": 2**i, "module": f"layer{i + 1}"} for i, c in enumerate(channels)),
@@ -147,6 +148,17 @@ def create_backbone(architecture: str, **kwargs: Any) -> nn.Module:
         return timm.create_model(architecture, **kwargs)
     except Exception as error:  # each family of networks refuses wrong arguments in a way of its own
         raise ValueError(f"timm cannot make {architecture!r} with {short(kwargs)}: {error}") from error
+
+
+def set_grad_checkpointing(network: Any, enable: bool = True) -> None:
+    """timm's gradient checkpointing: activations inside a block are computed again in the backward pass, not kept.
+
+    Raises `ValueError` where timm has none for this network.
+    """
+    try:
+        network.set_grad_checkpointing(enable)
+    except (AttributeError, AssertionError, NotImplementedError):
+        raise ValueError(f"timm has no gradient checkpointing for {type(network).__name__}: leave it off.") from None
 
 
 def hub_id(network: nn.Module) -> str | None:

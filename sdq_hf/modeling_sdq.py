@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from .backbones import create_backbone, hub_id, pretrained_labels
+from .backbones import create_backbone, hub_id, pretrained_labels, set_grad_checkpointing
 from .checkpoint import DIGEST
 from .configuration_sdq import SDQConfig
 from .configured import configured_backbone, fitting_strategy, initial_strategy, timm_backbone
@@ -48,6 +48,7 @@ class SDQForImageClassification(PackedFilesMixin):
     main_input_name = "pixel_values"
     model_tags = ["sdq"]
     accepts_loss_kwargs = False
+    supports_gradient_checkpointing = True
     # Integers times a scale stay what they are at any precision of the rest.
     _keep_in_fp32_modules_strict = ["weight_quantizer", "input_quantizer"]
     _keys_to_ignore_on_load_unexpected = [DIGEST]
@@ -278,6 +279,10 @@ class SDQForImageClassification(PackedFilesMixin):
         # That of a packed file, if Trainer loads one; `from_pretrained` has compared it.
         state_dict.pop(DIGEST, None)
         super()._load_from_state_dict(state_dict, *args)
+
+    def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
+        # What transformers' Trainer calls; how is timm's choice.
+        set_grad_checkpointing(self.timm_model, enable)
 
     # Types -------------------------------------------------------------------------------------------------------
 

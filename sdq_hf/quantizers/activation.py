@@ -41,8 +41,8 @@ class _LearnedStep(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         x, step, y = ctx.saved_tensors
         low, high = ctx.range
-        if x.device.type == "cpu":
-            # One fused pass; it needs plain numbers, which would make a GPU wait.
+        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+            # One fused pass; it needs plain numbers, which would make a GPU wait and torch.compile split its graph.
             value = step.item()
             dx = torch.ops.aten.hardtanh_backward(grad, x, (low - 0.5) * value, (high + 0.5) * value)
         else:

@@ -170,6 +170,8 @@ def searching(model: nn.Module, trained: bool = False) -> Iterator[list[nn.Param
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     momenta = {norm: norm.momentum for norm in norms}
     quantizers = [m for m in model.modules() if isinstance(m, ActivationQuantizer)]
+    # What a checkpointed block computes again needs not be kept, not even as codes.
+    checkpointed = any(getattr(module, "grad_checkpointing", False) for module in model.modules())
     kept = norms if not trained else [model]
     state = [{key: value.clone() for key, value in module.state_dict().items()} for module in kept]
     try:
@@ -179,7 +181,7 @@ def searching(model: nn.Module, trained: bool = False) -> Iterator[list[nn.Param
         for norm in norms:
             norm.training, norm.momentum = True, 0.0
         for quantizer in quantizers:
-            quantizer.compact = True
+            quantizer.compact = not checkpointed
         yield [parameter for parameter in flags if parameter.requires_grad]
     finally:
         for parameter, flag in flags.items():

@@ -137,6 +137,11 @@ class RunArguments:
     seed: int = _option(0, "Of weights, data order, augmentation and draws.")
     mixed_precision: Literal["no", "fp16", "bf16"] | None = _option(None, "Default: as Accelerate was launched.")
     gradient_accumulation_steps: int = _option(1, "Batches per update.")
+    grad_checkpointing: bool = _option(
+        False, "Compute activations again in the backward pass, where timm can: less memory, about a third more time."
+    )
+    torch_compile: bool = _option(False, "Train compiled by torch.compile; the search's drawn weights stay eager.")
+    torch_compile_backend: str = _option("inductor", "Its backend.")
     cpu: bool = _option(False, "Stay on the CPU where there is a GPU.")
     report_to: list[str] = _option([], "Trackers of Accelerate: tensorboard, trackio, wandb.")
     push_to_hub: bool = _option(False, "Publish the models of the SDQ budgets at the end, each on a branch of its own.")

@@ -24,7 +24,7 @@ from accelerate.utils import broadcast, set_seed
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..backbones import create_backbone, hub_id
+from ..backbones import create_backbone, hub_id, set_grad_checkpointing
 from ..costs import Cost, get_cost
 from ..layers import input_quantizers
 from ..modeling_sdq import SDQForImageClassification
@@ -184,6 +184,8 @@ class Run:
             num_classes=len(self.data.label_names),
             **self.model_args,
         )
+        if self.arguments.run.grad_checkpointing:
+            set_grad_checkpointing(network)
         return network.to(self.accelerator.device).to(memory_format=torch.channels_last)
 
     def quantize(self, network: nn.Module) -> SDQForImageClassification:
@@ -204,6 +206,8 @@ class Run:
             weight_grid=model.weight_grid,
             base_model=hub_id(network) if model.pretrained else None,
         )
+        if self.arguments.run.grad_checkpointing:
+            set_grad_checkpointing(quantized.timm_model)
         return quantized.to(self.accelerator.device).to(memory_format=torch.channels_last)
 
     def loaders(self, batch_size: int | None = None) -> dict[str, Any]:
@@ -491,6 +495,10 @@ class Run:
         model.calibrate(self.loaders()["calibration"])
         for quantizer in input_quantizers(model).values():
             quantizer.load_state_dict(broadcast(dict(quantizer.state_dict())))
+        if self.arguments.run.torch_compile:
+            # Quantizers read numbers from their state at the first use, which would break a compiled graph.
+            with torch.no_grad():
+                model.eval()(torch.zeros(1, *model.config.input_size, device=model.device))
 
     def distillation_loss(self, teacher: nn.Module) -> LossFunction:
         """The loss of a student that learns from its teacher's outputs alone; mixed images have no label that matters."""
@@ -565,6 +573,8 @@ def _accelerator(arguments: Arguments) -> Accelerator:
         accelerator = Accelerator(
             mixed_precision=run.mixed_precision,
             gradient_accumulation_steps=run.gradient_accumulation_steps,
+            # None: as Accelerate was launched.
+            dynamo_backend=run.torch_compile_backend if run.torch_compile else None,
             cpu=run.cpu,
             log_with=run.report_to or None,
             project_dir=run.output_dir,

@@ -80,6 +80,20 @@ def test_a_resumed_training_equals_the_uninterrupted_one(tmp_path, form):
         assert torch.equal(value, resumed.state_dict()[key]), key
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing. is deprecated:FutureWarning")  # in transformers 5.2x only
+def test_gradient_checkpointing_trains_to_the_same_weights(tmp_path):
+    """Its second pass through a block moves the running statistics of batch norm twice: those alone differ."""
+    models = []
+    for enabled in (False, True):
+        model = trained(create("resnet8_cifar"))
+        changes = {"gradient_checkpointing": enabled, "max_steps": 2, "save_strategy": "no"}
+        Trainer(model, arguments(tmp_path / str(enabled), **changes), train_dataset=examples()).train()
+        assert model.timm_model.grad_checkpointing == enabled
+        models.append(model)
+    for (name, one), (_, other) in zip(*(model.named_parameters() for model in models), strict=True):
+        assert torch.equal(one, other), name
+
+
 def test_real_weights_of_another_training_are_not_taken(tmp_path, caplog):
     """`output_dir` holds another run's checkpoint of the same step: the function that is resumed is the checkpoint's."""
     for folder, seed in (("a", 0), ("b", 1)):
