@@ -19,8 +19,8 @@ from torch import nn
 from transformers import HfArgumentParser, Trainer, TrainingArguments
 
 from sdq_hf import SDQForImageClassification
-from sdq_hf.training.data import load_image_data
-from sdq_hf.training.loaders import build_transforms
+from sdq_hf.training.data import load_image_data, with_channels
+from sdq_hf.training.loaders import StreamedImages, build_transforms
 from sdq_hf.training.losses import distillation
 from sdq_hf.training.metrics import compute_metrics
 from sdq_hf.training.optim import OptimizerArguments, create_optimizer
@@ -33,6 +33,9 @@ class ScriptArguments:
     dataset: str | None = field(default=None, metadata={"help": "As in run_sdq.py; default: the bundled sample."})
     teacher: str | None = field(
         default=None, metadata={"help": "File with float weights of the same network, to distil from; default: labels."}
+    )
+    streaming: bool = field(
+        default=False, metadata={"help": "Read images while they are used; needs --max_steps, as in run_sdq.py."}
     )
     aug: str = field(default="light", metadata={"help": "Augmentation: none, light, rand, as in run_sdq.py."})
     max_samples: int | None = field(default=None, metadata={"help": "Use so many images of each split only."})
@@ -58,16 +61,20 @@ def main() -> None:
     training.remove_unused_columns = False  # the images become pixel_values only when they are asked for
     model = SDQForImageClassification.from_pretrained(options.model)
     train_transform, transform = build_transforms(model.config.pretrained_cfg, aug=options.aug)
-    data = load_image_data(options.dataset, max_train_samples=options.max_samples, max_eval_samples=options.max_samples)
+    limits = {"max_train_samples": options.max_samples, "max_eval_samples": options.max_samples}
+    data = load_image_data(options.dataset, **limits, streaming=options.streaming)
+    channels = model.config.input_size[0]
 
-    def transformed(split: str, transform: Callable[..., Any]) -> datasets.Dataset:
-        mode = "L" if model.config.input_size[0] == 1 else "RGB"
+    def transformed(split: str, transform: Callable[..., Any]) -> datasets.Dataset | StreamedImages:
+        images = data.splits[split]
+        if isinstance(images, datasets.IterableDataset):
+            return StreamedImages(images, data, channels, transform, training.seed)
 
         def apply(batch: dict[str, Any]) -> dict[str, Any]:
-            pixels = [transform(image.convert(mode)) for image in batch[data.image_column]]
+            pixels = [transform(with_channels(image, channels)) for image in batch[data.image_column]]
             return {"pixel_values": pixels, "labels": batch[data.label_column]}
 
-        return data.splits[split].with_transform(apply)
+        return images.with_transform(apply)
 
     recipe = OptimizerArguments(lr=training.learning_rate, weight_decay=training.weight_decay)
     common: dict[str, Any] = {

@@ -139,13 +139,13 @@ def _of_run(run: RunFacts, repo_id: str) -> dict[str, Any]:
         if row["name"] == run.name:
             label = f"**{label}** (this model)"
         rows.append({**row, "label": label, "bitops_text": bitops_text(row["bitops"])})
-    share = run.row["top1"] / 100
+    share, steps = run.row["top1"] / 100, arguments.get("max_steps")
+    length = f"{steps} updates" if steps else f"{arguments['epochs']:g} epochs"
     return {
         "rows": rows,
         "dataset": data["name"],
-        "train_images": data["train_images"],
         "test_images": data["test_images"],
-        "epochs": f"{arguments['epochs']:g}",
+        "training": f"{length} of fine-tuning on {data.get('train_images', 'streamed')} images",
         "seed": arguments["seed"],
         "standard_error": 100 * math.sqrt(share * (1 - share) / data["test_images"]),
         "command": results["command"],

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from ..modeling_sdq import SDQForImageClassification
 from ..training.evaluation import logits_of
+from ..training.loaders import Batch, endless
 from .descent import Descent
-
-Batch = Mapping[str, Tensor]
 
 
 @dataclass
@@ -143,24 +142,3 @@ def divergence(logits: Tensor, target: Tensor) -> Tensor:
     return F.kl_div(
         F.log_softmax(logits.float(), -1), F.log_softmax(target.float(), -1), reduction="batchmean", log_target=True
     )
-
-
-def endless(data: Iterable[Batch], start: int = 0) -> Iterator[Batch]:
-    """The batches of `data` again and again, from batch number `start` on; each pass is an epoch of its own.
-
-    `set_epoch` is called where the loader has it, so a resumed run sees the order that it would have seen.
-    """
-    number, epoch = 0, 0
-    while True:
-        if hasattr(data, "set_epoch"):
-            data.set_epoch(epoch)
-        elif hasattr(getattr(data, "sampler", None), "set_epoch"):
-            data.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
-        before = number
-        for batch in data:
-            if number >= start:
-                yield batch
-            number += 1
-        if number == before:
-            raise ValueError("The data has no batch: is the split empty, or smaller than one batch?")
-        epoch += 1

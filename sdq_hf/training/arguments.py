@@ -58,6 +58,10 @@ class DataArguments:
     validation_split: str | None = _option(None, "Name of the validation split; held out of train when there is none.")
     test_split: str | None = _option(None, "Name of the test split, read once at the end.")
     validation_fraction: float = _option(0.1, "Part of train held out for validation, stratified.")
+    streaming: bool = _option(
+        False, "Read images while they are used, without downloading all first; needs --max_steps and all three splits."
+    )
+    shuffle_buffer_size: int = _option(1000, "Images of a stream that wait in memory to be shuffled.")
     max_train_samples: int | None = _option(None, "Use so many training images only.")
     max_eval_samples: int | None = _option(None, "Use so many validation and test images only.")
     img_size: int | None = _option(None, "Side of the images in pixels; default: the model's own.")
@@ -78,6 +82,7 @@ class TeacherArguments:
     """Training of the full-precision network, skipped with --pretrained or --checkpoint unless epochs are given."""
 
     teacher_epochs: int | None = _option(None, "Passes over the training images; default 30, or 0 with given weights.")
+    teacher_max_steps: int | None = _option(None, "Updates, in place of epochs; needed where data are streamed.")
     teacher_opt: str = _option("sgd", "timm optimizer.")
     teacher_lr: float = _option(0.1, "Learning rate at the peak.")
     teacher_weight_decay: float = _option(5e-4, "Of conv and linear weights only.")
@@ -274,6 +279,10 @@ def _check(arguments: Arguments) -> None:
     teacher = arguments.teacher
     positive = {
         "epochs": tune.epochs,
+        "max_steps": tune.max_steps,
+        "eval_steps": tune.eval_steps,
+        "teacher_max_steps": teacher.teacher_max_steps,
+        "shuffle_buffer_size": data.shuffle_buffer_size,
         "batch_size": data.batch_size,
         "teacher_batch_size": teacher.teacher_batch_size,
         "search_batch_size": search.search_batch_size,
@@ -288,6 +297,12 @@ def _check(arguments: Arguments) -> None:
     for name, value in positive.items():
         if value is not None and value <= 0:
             raise ArgumentError(f"--{name} must be above 0, got {value}")
+    if data.streaming and (tune.max_steps is None or teacher.teacher_epochs):
+        option = "max_steps" if tune.max_steps is None else "teacher_max_steps"
+        raise ArgumentError(
+            f"--streaming: nobody knows how long an epoch of a stream is: give --{option} instead of "
+            f"--{option.replace('max_steps', 'epochs')}"
+        )
     if (data.mixup > 0 or data.cutmix > 0) and (data.batch_size % 2 or (teacher.teacher_batch_size or 0) % 2):
         raise ArgumentError(f"--mixup and --cutmix need an even --batch_size, got {data.batch_size}")
     not_negative = {

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import datasets
 import numpy as np
-from datasets import ClassLabel, Dataset, DatasetDict, Image
+from datasets import ClassLabel, Dataset, DatasetDict, Image, IterableDataset
 
 BUNDLED = Path(__file__).parents[2] / "scripts" / "data" / "fashion_mnist_sample"
 BUILDERS = ("imagefolder", "parquet", "arrow")
@@ -26,12 +26,12 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class ImageData:
-    """`splits` "train", "validation" and "test", each with an image column and a ClassLabel column.
+    """`splits` "train", "validation" and "test", each with an image column and a ClassLabel column; streams have no length.
 
     channels: 1 (grey) or 3. image_size: (height, width) of the first image; others may differ.
     """
 
-    splits: dict[str, Dataset]
+    splits: dict[str, Dataset] | dict[str, IterableDataset]
     image_column: str
     label_column: str
     label_names: list[str]
@@ -54,6 +54,8 @@ def load_image_data(
     max_train_samples: int | None = None,
     max_eval_samples: int | None = None,
     cache_dir: str | None = None,
+    streaming: bool = False,
+    shuffle_buffer_size: int = 1000,
 ) -> ImageData:
     """Load images with labels.
 
@@ -68,13 +70,16 @@ def load_image_data(
         validation_fraction: the part held out. seed: of what is held out, and of the samples taken.
         max_train_samples, max_eval_samples: take so many only, at random.
         cache_dir: where `datasets` keeps what it downloads and converts; its own default when not given.
+        streaming: read the images while they are used, without downloading all first. Nothing is held out of a stream,
+            whose length is not known: it must have all three splits, with ClassLabel columns.
+        shuffle_buffer_size: images of a stream that wait in memory to be shuffled.
 
     Raises `DataError`.
     """
     for option, limit in (("max_train_samples", max_train_samples), ("max_eval_samples", max_eval_samples)):
         if limit is not None and limit < 1:
             raise DataError(f"{option} must be at least 1, got {limit}.")
-    source = _open(dataset, data_dir, config_name, cache_dir)
+    source = _open(dataset, data_dir, config_name, cache_dir, streaming)
     names = {
         role: _find_split(source, role, given)
         for role, given in (("train", train_split), ("validation", validation_split), ("test", test_split))
@@ -89,6 +94,9 @@ def load_image_data(
             f"The split {twice!r} cannot be {roles} at once: leave one out, and a part of train is held out."
         )
     splits = {role: source[name] for role, name in names.items() if name is not None}
+    if streaming:
+        limits = {"train": max_train_samples, "validation": max_eval_samples, "test": max_eval_samples}
+        return _streams(splits, image_column, label_column, limits, shuffle_buffer_size, seed)
     for role, split in splits.items():
         if len(split) == 0:
             raise DataError(f"The {role} split ({names[role]!r}) is empty.")
@@ -120,14 +128,63 @@ def load_image_data(
     )
 
 
+def _streams(
+    splits: dict[str, IterableDataset],
+    image_column: str | None,
+    label_column: str | None,
+    limits: dict[str, int | None],
+    buffer_size: int,
+    seed: int,
+) -> ImageData:
+    missing = [role for role in ("train", "validation", "test") if role not in splits]
+    if missing:
+        raise DataError(
+            f"A stream needs its own {missing[0]} split: nothing is held out of data whose length is not known. Name it with "
+            f"{missing[0]}_split, or leave streaming off."
+        )
+    # A builder that does not say what its columns are is asked for its first example.
+    splits = {role: split if split.features else split._resolve_features() for role, split in splits.items()}
+    train = splits["train"]
+    images, labels = _image_column(train, image_column), _label_column(train, label_column)
+    feature = train.features[labels]
+    for role, split in splits.items():
+        features = split.features
+        if not isinstance(features.get(images), Image):
+            raise DataError(f"The {role} split of a stream must have images in the column {images!r}.")
+        if not isinstance(feature, ClassLabel) or features.get(labels) != feature:
+            raise DataError(
+                f"Column {labels!r} of the {role} split of a stream must be a ClassLabel, the same as in train, got "
+                f"{features.get(labels)}: leave streaming off."
+            )
+    streams = {role: split.select_columns([images, labels]) for role, split in splits.items()}
+    streams["train"] = streams["train"].shuffle(seed=seed, buffer_size=buffer_size)
+    streams = {role: split if limits[role] is None else split.take(limits[role]) for role, split in streams.items()}
+    for role, split in streams.items():
+        first = next(iter(split), None)
+        if first is None:
+            raise DataError(f"The {role} split is empty.")
+        if not _in_range(first[labels], feature.num_classes):
+            raise DataError(
+                f"Column {labels!r} of the {role} split holds no labels, but {first[labels]!r}: name another."
+            )
+    seen = [entry[images] for entry in splits["train"].take(64)]
+    size = (seen[0].height, seen[0].width)
+    return ImageData(streams, images, labels, feature.names, _channels_of(seen), size)
+
+
 def _channels(train: Dataset, images: str) -> int:
-    """1 when 64 images from all over the split are grey, else 3: a colour set may well hold a grey image here and there."""
     places = range(0, len(train), max(1, len(train) // 64))
-    modes = {train[i][images].mode for i in places}
-    return 1 if modes <= {"1", "L", "I", "I;16", "F"} else 3
+    return _channels_of([train[i][images] for i in places])
 
 
-def _open(dataset: str | None, data_dir: str | None, config_name: str | None, cache_dir: str | None) -> DatasetDict:
+def _channels_of(images: list[Any]) -> int:
+    """1 when 64 images from all over a split are grey, else 3: a colour set may well hold a grey image here and there."""
+    return 1 if {image.mode for image in images} <= {"1", "L", "I", "I;16", "F"} else 3
+
+
+def _open(
+    dataset: str | None, data_dir: str | None, config_name: str | None, cache_dir: str | None, streaming: bool = False
+) -> DatasetDict:
     if dataset is None:
         if not BUNDLED.exists():
             raise DataError(
@@ -139,15 +196,19 @@ def _open(dataset: str | None, data_dir: str | None, config_name: str | None, ca
         if dataset in BUILDERS:
             if not data_dir or not Path(data_dir).is_dir():
                 raise DataError(f"The data set {dataset!r} needs data_dir, a folder that exists; got {data_dir!r}.")
-            loaded = datasets.load_dataset(dataset, data_dir=data_dir, cache_dir=cache_dir)
-        elif path.is_dir() and (idx := _read_idx(path)) is not None:
+            loaded = datasets.load_dataset(dataset, data_dir=data_dir, cache_dir=cache_dir, streaming=streaming)
+        elif not streaming and path.is_dir() and (idx := _read_idx(path)) is not None:
             loaded = idx
         elif path.is_dir() and any((path / f).exists() for f in ("dataset_dict.json", "state.json")):
+            if streaming:
+                raise DataError(f"{dataset!r} is read from disk as it is used, and needs no streaming: leave it off.")
             loaded = datasets.load_from_disk(str(path))
         elif path.is_dir():
-            loaded = datasets.load_dataset(str(path), cache_dir=cache_dir)
+            loaded = datasets.load_dataset(str(path), cache_dir=cache_dir, streaming=streaming)
         else:
-            loaded = datasets.load_dataset(dataset, config_name, data_dir=data_dir, cache_dir=cache_dir)
+            loaded = datasets.load_dataset(
+                dataset, config_name, data_dir=data_dir, cache_dir=cache_dir, streaming=streaming
+            )
     except DataError:
         raise
     except Exception as error:  # `datasets` raises a dozen kinds of errors, many of several lines

@@ -6,7 +6,8 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ from accelerate.data_loader import DataLoaderShard
 from safetensors.torch import load_file
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 
 from ..writing import save_tensors
 from .evaluation import evaluate
 from .interrupt import Interrupt
+from .loaders import endless
 from .optim import OptimizerArguments, create_optimizer, create_scheduler
 from .progress import Progress
 
@@ -60,7 +63,9 @@ def fit(
 
     Args:
         loss_function: `(model, images, labels, progress)` -> 0-d loss.
-        loaders: "train" and "validation", prepared by `accelerator`; batches have pixel_values and labels.
+        loaders: "train" and "validation", prepared by `accelerator`; batches have pixel_values and labels. A stream, over
+            an `IterableDataset`, needs `options.max_steps`, is validated every `options.eval_steps` updates, and has
+            whole updates only with an accelerator whose `sync_with_dataloader` is off.
         checkpoint_dir: the training state is kept here while the training lasts. With `resume` it goes on from there.
         eval_metric: what "best" means on validation: top1 or top5 (higher), or loss or kl (lower).
         reference: the network that "kl" is measured from.
@@ -68,7 +73,16 @@ def fit(
     """
     interrupt = interrupt or Interrupt()
     train: DataLoaderShard = loaders["train"]
-    per_epoch = math.ceil(len(train) / accelerator.gradient_accumulation_steps)
+    accumulated = accelerator.gradient_accumulation_steps
+    streamed = isinstance(train.dataset, IterableDataset)
+    if streamed and not options.max_steps:
+        raise ValueError(
+            "The data are streamed, and nobody knows how long an epoch is: give max_steps instead of epochs."
+        )
+    # What is called an epoch of a stream are the updates from one validation to the next.
+    per_epoch = options.eval_steps if streamed else math.ceil(len(train) / accumulated)
+    if options.max_steps:
+        options = replace(options, epochs=options.max_steps / per_epoch)
     updates = max(1, round(per_epoch * options.epochs))
     optimizer = create_optimizer(model, options)
     scheduler = create_scheduler(optimizer, options, per_epoch)
@@ -81,15 +95,20 @@ def fit(
         state = checkpoint.load()
         accelerator.print(f"{name}: goes on from update {state.update} of {updates}.")
     epoch, started = state.update // per_epoch, time.perf_counter() - state.seconds
-    progress = Progress(accelerator, name, options.epochs, len(train), train.total_batch_size)
+    stream = endless(train, start=state.update * accumulated) if streamed else None
+    progress = Progress(
+        accelerator,
+        name,
+        options.epochs,
+        per_epoch * accumulated if streamed else len(train),
+        train.batch_size * accelerator.num_processes if streamed else train.total_batch_size,
+    )
     while state.update < updates:
-        if hasattr(train, "set_epoch"):
-            train.set_epoch(epoch)
         done = state.update - epoch * per_epoch
-        batches = skip_first_batches(train, done * accelerator.gradient_accumulation_steps) if done else train
-        if hasattr(batches, "set_epoch"):
-            # The loader that skips is a new one, which older versions of Accelerate let start at epoch 0.
-            batches.set_epoch(epoch)
+        if stream is None:
+            batches = _pass(train, epoch, done * accumulated)
+        else:
+            batches = islice(stream, (per_epoch - done) * accumulated)
         progress.start(epoch, done)
         wrapped.train()
         for batch in batches:
@@ -141,6 +160,17 @@ def fit(
     if best.exists():
         model.load_state_dict(load_file(best))
     return state
+
+
+def _pass(train: Any, epoch: int, done: int) -> Any:
+    """The batches of an epoch behind the first `done`."""
+    if hasattr(train, "set_epoch"):
+        train.set_epoch(epoch)
+    batches = skip_first_batches(train, done) if done else train
+    if hasattr(batches, "set_epoch"):
+        # The loader that skips is a new one, which older versions of Accelerate let start at epoch 0.
+        batches.set_epoch(epoch)
+    return batches
 
 
 class _Checkpoint:

@@ -1,7 +1,8 @@
 """Batches from image data: timm's transforms, and a fast path for small images that fit in memory."""
 
+import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import blake2b
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from timm.data import Mixup, create_transform
 from timm.data.transforms_factory import transforms_imagenet_eval
 from torch import Tensor
@@ -18,6 +19,7 @@ from torchvision import transforms
 
 from .data import ImageData, with_channels
 
+Batch = Mapping[str, Tensor]
 AUGMENTATIONS = ("none", "light", "rand")
 _SMALL = 96
 _CACHE_BYTES = 512 * 2**20
@@ -124,11 +126,38 @@ class TransformedImages(torch.utils.data.Dataset):
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
         epoch, row = _split_key(key)
-        entry = self.split[row]
-        image = with_channels(entry[self.data.image_column], self.channels)
         with _seeded(_seed_of(self.seed, epoch, row)):
-            pixels = self.transform(image)
-        return {"pixel_values": pixels, "labels": entry[self.data.label_column]}
+            return _transformed(self.split[row], self.data, self.channels, self.transform)
+
+
+def _transformed(entry: Any, data: ImageData, channels: int, transform: Any) -> dict[str, Any]:
+    image = with_channels(entry[data.image_column], channels)
+    return {"pixel_values": transform(image), "labels": entry[data.label_column]}
+
+
+class StreamedImages(torch.utils.data.IterableDataset):
+    """Images of a stream, in its order, transformed one by one.
+
+    `set_epoch` shuffles the stream anew; `fixed` stays at the first epoch. Augmentations are seeded by (seed, epoch, place
+    in the stream), and where several workers share its files, by the worker.
+    """
+
+    def __init__(
+        self, split: IterableDataset, data: ImageData, channels: int, transform: Any, seed: int, fixed: bool = False
+    ):
+        self.split, self.data, self.channels, self.transform, self.seed = split, data, channels, transform, seed
+        self.fixed, self.epoch = fixed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = 0 if self.fixed else epoch
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        worker = torch.utils.data.get_worker_info()
+        self.split.set_epoch(self.epoch)
+        for place, entry in enumerate(self.split):
+            with _seeded(_seed_of(self.seed, self.epoch, place, 0 if worker is None else worker.id)):
+                example = _transformed(entry, self.data, self.channels, self.transform)
+            yield example
 
 
 @contextmanager
@@ -224,11 +253,14 @@ def build_loaders(
 
     Batches are `{"pixel_values": float32 [B, C, H, W], "labels": int64 [B]}`. `train` drops an incomplete last batch
     unless it is the only one, and has `sampler.set_epoch`. Grey images become colour and colour ones grey as the model's
-    `input_size` asks for. Images below 512 MiB in all that already have the model's size are decoded once.
+    `input_size` asks for. Images below 512 MiB in all that already have the model's size are decoded once. Streams have
+    neither a length nor a sampler, but `set_epoch` on their dataset.
     """
     size = _sizes(pretrained_cfg, img_size)
     train_transform, eval_transform = build_transforms(pretrained_cfg, img_size=img_size, aug=aug)
-    total = sum(len(split) for split in data.splits.values()) * size[0] * data.image_size[0] * data.image_size[1]
+    streamed = isinstance(data.splits["train"], IterableDataset)
+    images = math.inf if streamed else sum(len(split) for split in data.splits.values())
+    total = images * size[0] * data.image_size[0] * data.image_size[1]
     resized = int(size[1] / (pretrained_cfg.get("crop_pct") or 0.875))
     same_size = data.image_size == size[1:] and resized == size[1]
     caches: dict[str, tuple[Tensor, Tensor]] | None = None
@@ -242,20 +274,25 @@ def build_loaders(
             caches[name] = cache
     workers: dict[str, Any] = {"num_workers": num_workers}
     if num_workers:
-        workers |= {"prefetch_factor": prefetch_factor or 2, "persistent_workers": True}
+        # Workers that stay would go on with the epoch in which a stream began.
+        workers |= {"prefetch_factor": prefetch_factor or 2, "persistent_workers": not streamed}
     workers["pin_memory"] = torch.cuda.is_available() if pin_memory is None else pin_memory
 
     def loader(name: str, shuffled: bool, augmented: bool, batch: int) -> DataLoader:
         split = data.splits[name]
         dataset: Any
         arguments: dict[str, Any] = dict(workers)
+        transform = train_transform if augmented else eval_transform
+        if isinstance(split, IterableDataset):
+            dataset = StreamedImages(split, data, size[0], transform, seed, fixed=not augmented)
+            return DataLoader(dataset, batch_size=batch, drop_last=shuffled, **arguments)
         if caches is not None and not (augmented and aug == "rand"):
             mean, std = pretrained_cfg["mean"], pretrained_cfg["std"]
             dataset = CachedImages(*caches[name], mean, std, augmented and aug == "light", seed)
             # Nothing is left to do for workers: sending batches between processes would take longer.
             arguments = {"collate_fn": _identity, "pin_memory": workers["pin_memory"]}
         else:
-            dataset = TransformedImages(split, data, size[0], train_transform if augmented else eval_transform, seed)
+            dataset = TransformedImages(split, data, size[0], transform, seed)
         # Calibration sees the same images whenever it is done, so a resumed run calibrates as the uninterrupted one.
         sampler = EpochSampler(len(split), seed, fixed=not augmented) if shuffled else None
         drop = shuffled and len(split) >= batch
@@ -267,3 +304,25 @@ def build_loaders(
         "test": loader("test", False, False, eval_batch_size or 2 * batch_size),
         "calibration": loader("train", True, False, batch_size),
     }
+
+
+def endless(data: Iterable[Batch], start: int = 0) -> Iterator[Batch]:
+    """The batches of `data` again and again, from batch number `start` on; each pass is an epoch of its own.
+
+    `set_epoch` is called where the loader, its sampler or its dataset has it, so a resumed run sees the order that it would
+    have seen.
+    """
+    number, epoch = 0, 0
+    while True:
+        parts = (data, getattr(data, "sampler", None), getattr(data, "dataset", None))
+        ordered: Any = next((part for part in parts if hasattr(part, "set_epoch")), None)
+        if ordered is not None:
+            ordered.set_epoch(epoch)
+        before = number
+        for batch in data:
+            if number >= start:
+                yield batch
+            number += 1
+        if number == before:
+            raise ValueError("The data has no batch: is the split empty, or smaller than one batch?")
+        epoch += 1

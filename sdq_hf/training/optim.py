@@ -21,6 +21,10 @@ class OptimizerArguments:
     """Options of one training; names as in timm."""
 
     epochs: float = field(default=30.0, metadata={"help": "Passes over the training images; fractions are possible."})
+    max_steps: int | None = field(
+        default=None, metadata={"help": "Updates of a fine-tune, in place of epochs; needed where data are streamed."}
+    )
+    eval_steps: int = field(default=1000, metadata={"help": "Updates between validations where data are streamed."})
     opt: str = field(default="adamw", metadata={"help": "timm optimizer, e.g. adamw, sgd (Nesterov), lamb."})
     lr: float = field(default=1e-3, metadata={"help": "Learning rate at the peak."})
     weight_decay: float = field(default=1e-4, metadata={"help": "Of conv and linear weights only."})

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import broadcast, set_seed
+from accelerate.utils import GradientAccumulationPlugin, broadcast, set_seed
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -99,7 +99,13 @@ class Run:
                     f"--kd_teacher {teacher}: its pretrained weights are for other classes than those of the data, so it "
                     "has nothing to teach: train it on them and give --kd_teacher_checkpoint"
                 )
-        if not len(self.loaders()["train"]):
+        if self.arguments.data.streaming and self._teacher_epochs() and not self.arguments.teacher.teacher_max_steps:
+            raise ArgumentError(
+                "--streaming: the teacher must be trained, and nobody knows how long an epoch of a stream is: give "
+                "--teacher_max_steps, or trained weights with --checkpoint"
+            )
+        train = self.loaders()["train"]
+        if not self.arguments.data.streaming and not len(train):
             raise ArgumentError(
                 f"The training split has fewer batches of {self.arguments.data.batch_size} than processes"
             )
@@ -240,19 +246,14 @@ class Run:
             if not path.exists():
                 raise self._missing("teacher")
             return self._load_teacher()
-        options, data = self.arguments.teacher, self.arguments.data
-        epochs = options.teacher_epochs
-        if epochs is None:
-            # timm gives a pretrained network a new, random head where the classes differ: that one must be trained.
-            given = self.arguments.model.checkpoint or (
-                self.arguments.model.pretrained and self._fits_data(self.network)
-            )
-            epochs = 0 if given else 30
+        options, data, epochs = self.arguments.teacher, self.arguments.data, self._teacher_epochs()
         started, loaders = time.perf_counter(), self.loaders(options.teacher_batch_size)
-        if epochs:
+        if epochs or options.teacher_max_steps:
             loss = _loss_of_labels(data, len(self.data.label_names))
             recipe = OptimizerArguments(
                 epochs=epochs,
+                max_steps=options.teacher_max_steps,
+                eval_steps=self.arguments.finetune.eval_steps,
                 opt=options.teacher_opt,
                 lr=options.teacher_lr,
                 weight_decay=options.teacher_weight_decay,
@@ -277,6 +278,14 @@ class Run:
             _remove(path.parent / "best.safetensors")
         self.accelerator.wait_for_everyone()
         self._load_teacher()
+
+    def _teacher_epochs(self) -> int:
+        model, epochs = self.arguments.model, self.arguments.teacher.teacher_epochs
+        if epochs is not None:
+            return epochs
+        # timm gives a pretrained network a new, random head where the classes differ: that one must be trained.
+        given = model.checkpoint or (model.pretrained and self._fits_data(self.network))
+        return 0 if given else 30
 
     def _load_teacher(self) -> None:
         state = load_file(self.folder / "teacher" / "model.safetensors")
@@ -572,7 +581,11 @@ def _accelerator(arguments: Arguments) -> Accelerator:
     try:
         accelerator = Accelerator(
             mixed_precision=run.mixed_precision,
-            gradient_accumulation_steps=run.gradient_accumulation_steps,
+            gradient_accumulation_plugin=GradientAccumulationPlugin(
+                num_steps=run.gradient_accumulation_steps,
+                # The end of a stream's data is no end of anything.
+                sync_with_dataloader=not arguments.data.streaming,
+            ),
             # None: as Accelerate was launched.
             dynamo_backend=run.torch_compile_backend if run.torch_compile else None,
             cpu=run.cpu,
@@ -603,6 +616,8 @@ def _load_data(arguments: Arguments) -> ImageData:
         seed=arguments.run.seed,
         max_train_samples=data.max_train_samples,
         max_eval_samples=data.max_eval_samples,
+        streaming=data.streaming,
+        shuffle_buffer_size=data.shuffle_buffer_size,
     )
 
 

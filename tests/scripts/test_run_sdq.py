@@ -311,6 +311,36 @@ def test_without_distillation_labels_are_learned_whatever_the_teacher_says(data,
     assert top1 > 90 if learns else top1 < 50
 
 
+def test_a_stream_is_searched_and_trained_by_updates_and_resumes(data, tmp_path, capsys):
+    for split, count in (("train", 160), ("validation", 40), ("test", 40)):
+        for place, (image, label) in enumerate(zip(*pictures(count, seed=count), strict=True)):
+            folder = tmp_path / "images" / split / f"class{label}"
+            folder.mkdir(parents=True, exist_ok=True)
+            PILImage.fromarray(image).save(folder / f"{place}.png")
+    streamed = {"streaming": "true", "teacher_epochs": None, "controls": "none", "target_bitops": None, "epochs": None}
+    streamed |= {"dataset": tmp_path / "images", "target_bits": 5}
+    steps = {"teacher_max_steps": 25, "max_steps": 8, "eval_steps": 3, "gradient_accumulation_steps": 2}
+    assert main(options(data, tmp_path / "run", **streamed)) == 2
+    assert "give --max_steps instead of --epochs" in capsys.readouterr().err
+    assert main(options(data, tmp_path / "run", **streamed, max_steps=8)) == 2
+    assert "give --teacher_max_steps" in capsys.readouterr().err
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    with redirect_stdout(io.StringIO()):
+        assert main(options(data, whole, **streamed, **steps)) == 0
+    with redirect_stdout(Stopper("sdq-bits-5: epoch 1")):
+        assert main(options(data, stopped, **streamed, **steps)) == 130
+    with redirect_stdout(io.StringIO()):
+        assert main(options(data, stopped, **streamed, **steps, resume="true")) == 0
+    assert rows_of(whole) == rows_of(stopped)
+    assert rows_of(whole)["full precision"]["top1"] > 60
+    # A pass of the stream has five batches, the training sixteen; validated after 3, 6 and 8 updates.
+    history = json.loads((whole / "finetune" / "sdq-bits-5.json").read_text())["history"]
+    assert [row["epoch"] for row in history] == [1, 2, 3]
+    card = (whole / "models" / "sdq-bits-5" / "README.md").read_text()
+    assert "On 40 test images" in card
+    assert "8 updates of fine-tuning on streamed images" in card
+
+
 def launch(arguments, script=SCRIPT, processes=2):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -4,12 +4,14 @@ import copy
 import os
 import shutil
 
+import datasets
 import pytest
 import timm
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from torch import nn
+from torch.utils.data import DataLoader
 
 from sdq_hf.backbones import set_grad_checkpointing
 from sdq_hf.layers import attach
@@ -110,3 +112,13 @@ def test_other_rounding_may_swap_layers_of_equal_damage_and_leaves_what_matters(
     bits = found.weight_bits
     assert all(bits[name] == 1 for name in DEAD)
     assert min(bits[name] for name in ALIVE) > 3
+
+
+def test_a_stream_of_datasets_is_searched_as_the_images_are(planted):
+    images = [image for batch in Images().batches for image in batch["pixel_values"]]
+    stream = datasets.IterableDataset.from_generator(lambda: ({"pixel_values": image.numpy()} for image in images))
+    loader = DataLoader(stream.with_format("torch"), batch_size=32)
+    options = {"weight_lr": 0.0, "accelerator": Accelerator(cpu=True)}
+    (found,) = search(copy.deepcopy(planted), loader, [4.5], **options)
+    (expected,) = search(copy.deepcopy(planted), Images(), [4.5], **options)
+    assert found == expected

@@ -4,6 +4,7 @@ import gzip
 import importlib.util
 import itertools
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -24,10 +25,12 @@ from timm.models import get_pretrained_cfg
 from sdq_hf.training.data import BUNDLED, DataError, load_image_data, read_idx_file
 from sdq_hf.training.loaders import (
     CachedImages,
+    StreamedImages,
     TransformedImages,
     build_loaders,
     build_mixup,
     build_transforms,
+    endless,
     random_crop_and_flip,
 )
 
@@ -530,6 +533,59 @@ def test_set_epoch_reaches_the_sampler_through_accelerate(data: Any) -> None:
     prepared.set_epoch(3)
     images = torch.cat([batch["pixel_values"] for batch in prepared])
     assert torch.equal(images, epoch(plain, 3)[0])
+
+
+# Streams -------------------------------------------------------------------------------------------------------------
+
+
+def write_three_splits(folder: Path) -> str:
+    write_folders(folder)
+    shutil.copytree(folder / "test", folder / "validation")
+    return str(folder)
+
+
+def test_a_stream_has_the_images_of_the_data_and_another_order_in_each_epoch(tmp_path: Path) -> None:
+    folder = write_three_splits(tmp_path / "data")
+    data, whole = load_image_data(folder, streaming=True), load_image_data(folder)
+    assert (data.label_names, data.channels, data.image_size) == (NAMES, 1, (8, 8))
+    streamed, plain = (build_loaders(d, GREY, batch_size=16, aug="none") for d in (data, whole))
+    for ours, theirs in zip(streamed["test"], plain["test"], strict=True):
+        torch.testing.assert_close(ours["pixel_values"], theirs["pixel_values"])
+        assert torch.equal(ours["labels"], theirs["labels"])
+    order = []
+    for number in (0, 1, 0):
+        streamed["train"].dataset.set_epoch(number)
+        order.append(torch.cat([batch["labels"] for batch in streamed["train"]]).tolist())
+    assert order[0] == order[2] != order[1]
+    assert Counter(order[0]) == Counter(order[1]) == Counter(whole.splits["train"]["label"])
+    limited = load_image_data(folder, streaming=True, max_train_samples=20, max_eval_samples=10)
+    assert [len(list(limited.splits[role])) for role in ("train", "validation", "test")] == [20, 10, 10]
+
+
+def test_what_a_stream_cannot_be_used_for_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="needs its own validation split"):
+        load_image_data(write_parquet(tmp_path / "two"), streaming=True)
+    with pytest.raises(DataError, match="read from disk as it is used"):
+        load_image_data(save(tmp_path / "saved", train=make(20)), streaming=True)
+    folder = tmp_path / "numbers"
+    folder.mkdir()
+    for split in ("train", "validation", "test"):
+        make(8).cast_column("label", datasets.Value("int64")).to_parquet(folder / f"{split}.parquet")
+    with pytest.raises(DataError, match="must be a ClassLabel"):
+        load_image_data(str(folder), streaming=True)
+
+
+def test_an_endless_stream_begins_anew_and_goes_on_where_it_is_told_to(tmp_path: Path) -> None:
+    loader = build_loaders(load_image_data(write_three_splits(tmp_path / "data"), streaming=True), GREY, batch_size=32)
+    assert isinstance(loader["train"].dataset, StreamedImages)
+
+    def labels(start: int, count: int) -> list[list[int]]:
+        return [batch["labels"].tolist() for batch in itertools.islice(endless(loader["train"], start), count)]
+
+    # Two whole batches of 32 in 80 images.
+    first = labels(0, 6)
+    assert len({tuple(batch) for batch in first}) == 6
+    assert labels(3, 3) == first[3:]
 
 
 def test_mixup() -> None:

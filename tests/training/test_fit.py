@@ -153,6 +153,28 @@ def test_a_part_of_an_epoch_is_trained_and_a_training_that_goes_on_from_there_is
     same(again, whole[best_epoch(whole, "loss")])
 
 
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return (row for row in Rows(40))
+
+
+def test_updates_in_place_of_epochs_of_data_with_a_length_and_of_a_stream(tmp_path):
+    accelerator = Accelerator(cpu=True)
+    prepared = loaders(accelerator)
+    recipe = OptimizerArguments(**{**vars(RECIPE), "epochs": 99, "max_steps": 12, "eval_steps": 5})
+    expected = plain_loop(epochs=2.4)
+    ends = [expected[4], expected[9], expected[11]]
+    for name in ("length", "stream"):
+        if name == "stream":
+            prepared["train"] = accelerator.prepare(DataLoader(Stream(), batch_size=BATCH))
+        model = network()
+        state = fit(model, cross_entropy, prepared, recipe, accelerator, tmp_path / name, eval_metric="loss")
+        assert (state.update, len(state.history)) == (12, 3)
+        same(model, ends[best_epoch(ends, "loss")])
+    with pytest.raises(ValueError, match="give max_steps instead of epochs"):
+        fit(network(), cross_entropy, prepared, RECIPE, accelerator, tmp_path)
+
+
 def test_accumulated_batches_are_one_large_batch(tmp_path):
     accelerator, model = Accelerator(cpu=True, gradient_accumulation_steps=2), network()
     recipe = OptimizerArguments(**{**vars(RECIPE), "epochs": 1})

@@ -156,7 +156,8 @@ def test_trainer_pushes_and_the_model_pushes_itself(tmp_path, monkeypatch):
         assert "library_name: sdq_hf" in hub.files("org-user/net")["README.md"].decode()
 
 
-def test_the_example_script_distils_resumes_and_reports(tmp_path):
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_example_script_distils_resumes_and_reports(tmp_path, streaming):
     torch.manual_seed(0)
     model = SDQForImageClassification.from_timm("resnet8_cifar", num_labels=10, img_size=28, model_args={"in_chans": 1})
     model.calibrate([torch.randn(4, 1, 28, 28)])
@@ -165,6 +166,14 @@ def test_the_example_script_distils_resumes_and_reports(tmp_path):
     script = Path(__file__).parents[2] / "scripts" / "train_with_trainer.py"
     command = [sys.executable, str(script), "--model", str(tmp_path / "model"), "--output_dir", str(tmp_path / "out")]
     command += ["--teacher", str(tmp_path / "teacher.safetensors"), "--max_samples", "32", "--use_cpu", "true"]
+    if streaming:
+        folder = tmp_path / "data"
+        for i in range(40):
+            for split in ("train", "validation", "test"):
+                path = folder / split / str(i % 10) / f"{i}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                PILImage.fromarray(np.full((28, 28), 6 * i, np.uint8)).save(path)
+        command += ["--dataset", str(folder), "--streaming", "true"]
     command += ["--max_steps", "4", "--save_steps", "2", "--disable_tqdm", "true", "--report_to", "none"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
