@@ -143,7 +143,7 @@ class RunArguments:
     mixed_precision: Literal["no", "fp16", "bf16"] | None = _option(None, "Default: as Accelerate was launched.")
     gradient_accumulation_steps: int = _option(1, "Batches per update.")
     grad_checkpointing: bool = _option(
-        False, "Compute activations again in the backward pass, where timm can: less memory, about a third more time."
+        False, "Compute activations again in the backward pass, where timm can: less memory, more time."
     )
     torch_compile: bool = _option(False, "Train compiled by torch.compile; the search's drawn weights stay eager.")
     torch_compile_backend: str = _option("inductor", "Its backend.")
