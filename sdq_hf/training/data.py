@@ -1,6 +1,7 @@
 """Image data: any data set that `datasets` reads, MNIST-like idx files, and the bundled sample of Fashion-MNIST."""
 
 import gzip
+import logging
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -8,8 +9,10 @@ from typing import Any, cast
 
 import datasets
 import numpy as np
+import PIL.Image
 from datasets import ClassLabel, Dataset, DatasetDict, Image, IterableDataset
 
+logger = logging.getLogger(__name__)
 BUNDLED = Path(__file__).parents[2] / "scripts" / "data" / "fashion_mnist_sample"
 BUILDERS = ("imagefolder", "parquet", "arrow")
 _SPLITS = {
@@ -22,6 +25,10 @@ _LABELS = ("label", "labels", "class", "target", "fine_label", "category")
 
 class DataError(ValueError):
     """Data that cannot be used; one line that names the split or column, what it got and what was expected."""
+
+    def __init__(self, message: str):
+        # A loader raises what its worker met with all of the worker's traceback before it.
+        super().__init__(message.rpartition("DataError: ")[2].strip())
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,8 @@ def load_image_data(
     seed: int = 0,
     max_train_samples: int | None = None,
     max_eval_samples: int | None = None,
+    on_bad_image: str = "error",
+    on_missing_class: str = "error",
     cache_dir: str | None = None,
     streaming: bool = False,
     shuffle_buffer_size: int = 1000,
@@ -69,6 +78,9 @@ def load_image_data(
             with labels), the validation split is the test split, or another part of train is held out.
         validation_fraction: the part held out. seed: of what is held out, and of the samples taken.
         max_train_samples, max_eval_samples: take so many only, at random.
+        on_bad_image: what becomes of an image that cannot be decoded. "error": a `DataError` when it is met. "skip": every
+            image is decoded once, before the splits are made, and those that fail are left out, counted and logged.
+        on_missing_class: "error" where a class has no image in the training split, or "keep" it, untrained and logged.
         cache_dir: where `datasets` keeps what it downloads and converts; its own default when not given.
         streaming: read the images while they are used, without downloading all first. Nothing is held out of a stream,
             whose length is not known: it must have all three splits, with ClassLabel columns.
@@ -114,6 +126,9 @@ def load_image_data(
         raise DataError(f"Column {labels!r} holds images, not labels: name another with label_column.")
     splits = {role: _with_image_feature(split, images) for role, split in splits.items()}
     splits, label_names = _with_class_labels(splits, labels)
+    if on_bad_image == "skip":
+        splits = {role: _without_bad_images(split, role, images) for role, split in splits.items()}
+    _check_classes(splits["train"], labels, label_names, on_missing_class)
     splits = _hold_out(splits, labels, validation_fraction, seed)
     for role, limit in (
         ("train", max_train_samples),
@@ -122,7 +137,7 @@ def load_image_data(
     ):
         if limit is not None and limit < len(splits[role]):
             splits[role] = splits[role].shuffle(seed=seed).select(range(limit))
-    first = splits["train"][0][images]
+    first = row_at(splits["train"], 0, images)[images]
     return ImageData(
         splits, images, labels, label_names, _channels(splits["train"], images), (first.height, first.width)
     )
@@ -174,12 +189,12 @@ def _streams(
 
 def _channels(train: Dataset, images: str) -> int:
     places = range(0, len(train), max(1, len(train) // 64))
-    return _channels_of([train[i][images] for i in places])
+    return _channels_of([row_at(train, i, images)[images] for i in places])
 
 
 def _channels_of(images: list[Any]) -> int:
     """1 when 64 images from all over a split are grey, else 3: a colour set may well hold a grey image here and there."""
-    return 1 if {image.mode for image in images} <= {"1", "L", "I", "I;16", "F"} else 3
+    return 1 if {image.mode for image in images} <= {"1", "L", "LA", "I", *_SIXTEEN_BITS, "F"} else 3
 
 
 def _open(
@@ -380,6 +395,73 @@ def _hold_out(splits: dict[str, Dataset], column: str, fraction: float, seed: in
     return {role: splits[role] for role in ("train", "validation", "test")}
 
 
+# Images ------------------------------------------------------------------------------------------------------------------
+
+_SKIP = " --on_bad_image skip leaves out such images."
+_SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
+
+
+def row_at(split: Dataset, row: int, column: str) -> dict[str, Any]:
+    """A row of a split, with its image in `column` decoded; `DataError` where that cannot be done."""
+    try:
+        entry = split[row]
+        if entry[column] is None:
+            raise ValueError("it is empty")
+        return entry
+    except Exception as error:  # Pillow has many kinds
+        raw = split.cast_column(column, Image(decode=False))[row][column] or {}
+        place = f"row {row}" + (f" ({raw['path']})" if raw.get("path") else "")
+        # Pillow quotes the address of an object.
+        reason = (str(error) or type(error).__name__).strip().splitlines()[0].split(" <_io")[0]
+        raise DataError(f"The image in {place} cannot be decoded: {reason}.{_SKIP}") from error
+
+
 def with_channels(image: Any, channels: int) -> Any:
-    """A PIL image in mode L or RGB, as `channels` (1 or 3) says."""
+    """A PIL image of any mode in mode L or RGB, as `channels` (1 or 3) says. Transparency is dropped, as timm does it.
+
+    16 bits become 8 by dropping the lower half. `DataError` for 32 bits and for floats, whose range is not known.
+    """
+    if image.mode in _SIXTEEN_BITS:
+        # Pillow itself would make everything above 255 white.
+        image = PIL.Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        kind = "32-bit integers" if image.mode == "I" else "floats"
+        raise DataError(
+            f"An image holds {kind} (mode {image.mode}), whose range is not known: save it with 8 or 16 bits."
+        )
     return image.convert("L" if channels == 1 else "RGB")
+
+
+def _without_bad_images(split: Dataset, role: str, column: str) -> Dataset:
+    bad: dict[int, str] = {}
+    for row in range(len(split)):
+        try:
+            with_channels(row_at(split, row, column)[column], 3)
+        except DataError as error:
+            bad[row] = str(error)
+    if not bad:
+        return split
+    if len(bad) == len(split):
+        raise DataError(f"None of the {len(split)} images of the {role} split can be used: {bad[0]}")
+    logger.warning(
+        f"{len(bad)} of {len(split)} images of the {role} split are left out, in rows {_few(list(bad))}. The first: "
+        f"{next(iter(bad.values())).removesuffix(_SKIP)}"
+    )
+    return split.select([row for row in range(len(split)) if row not in bad])
+
+
+def _check_classes(train: Dataset, column: str, names: list[str], on_missing: str) -> None:
+    """Names the classes that no image of the split has: an error, or a warning where they are to be kept."""
+    present = set(train.unique(column))
+    missing = [f"{i} ({name!r})" if name != str(i) else name for i, name in enumerate(names) if i not in present]
+    if not missing:
+        return
+    text = f"{len(missing)} of {len(names)} classes have no image in the training split: {_few(missing)}"
+    if on_missing == "error":
+        hint = " Are the labels counted from 1?" if missing[0].split()[0] == "0" and len(missing) == 1 else ""
+        raise DataError(f"{text}.{hint} --on_missing_class keep leaves them in the head, untrained.")
+    logger.warning(f"{text}. They stay in the head, untrained.")
+
+
+def _few(values: list[Any]) -> str:
+    return ", ".join(str(value) for value in values[:5]) + (", ..." if len(values) > 5 else "")

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from torchvision import transforms
 
-from .data import ImageData, with_channels
+from .data import ImageData, row_at, with_channels
 
 Batch = Mapping[str, Tensor]
 AUGMENTATIONS = ("none", "light", "rand")
@@ -126,8 +126,9 @@ class TransformedImages(torch.utils.data.Dataset):
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
         epoch, row = _split_key(key)
+        entry = row_at(self.split, row, self.data.image_column)
         with _seeded(_seed_of(self.seed, epoch, row)):
-            return _transformed(self.split[row], self.data, self.channels, self.transform)
+            return _transformed(entry, self.data, self.channels, self.transform)
 
 
 def _transformed(entry: Any, data: ImageData, channels: int, transform: Any) -> dict[str, Any]:
@@ -228,7 +229,11 @@ def _cache(split: Dataset, data: ImageData, channels: int) -> tuple[Tensor, Tens
     pixels = np.empty((len(split), channels, *data.image_size), np.uint8)
     for start in range(0, len(split), 1000):
         rows = range(start, min(start + 1000, len(split)))
-        for row, picture in zip(rows, split[start : rows.stop][data.image_column], strict=True):
+        try:
+            pictures = split[start : rows.stop][data.image_column]
+        except Exception:  # one of them is bad: which?
+            pictures = [row_at(split, row, data.image_column)[data.image_column] for row in rows]
+        for row, picture in zip(rows, pictures, strict=True):
             image = with_channels(picture, channels)
             if (image.height, image.width) != data.image_size:
                 return None
@@ -296,7 +301,9 @@ def build_loaders(
         # Calibration sees the same images whenever it is done, so a resumed run calibrates as the uninterrupted one.
         sampler = EpochSampler(len(split), seed, fixed=not augmented) if shuffled else None
         drop = shuffled and len(split) >= batch
-        return DataLoader(dataset, batch_size=batch, sampler=sampler, drop_last=drop, **arguments)
+        # Each pass over a loader draws a number. From the global generator it would change what dropout draws after a resume.
+        own = torch.Generator()
+        return DataLoader(dataset, batch_size=batch, sampler=sampler, drop_last=drop, generator=own, **arguments)
 
     return {
         "train": loader("train", True, True, batch_size),

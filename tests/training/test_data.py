@@ -2,8 +2,10 @@
 
 import gzip
 import importlib.util
+import io
 import itertools
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,7 +24,7 @@ from PIL import Image as PILImage
 from timm.data import Mixup, create_transform, resolve_data_config
 from timm.models import get_pretrained_cfg
 
-from sdq_hf.training.data import BUNDLED, DataError, load_image_data, read_idx_file
+from sdq_hf.training.data import BUNDLED, DataError, load_image_data, read_idx_file, with_channels
 from sdq_hf.training.loaders import (
     CachedImages,
     StreamedImages,
@@ -284,6 +286,113 @@ def test_broken_idx_files_are_errors(tmp_path: Path) -> None:
     labels.write_bytes(b"\0\0\x0d\1" + bytes(8))
     with pytest.raises(DataError, match="must begin with 00 00 08, got 00 00 0d"):
         read_idx_file(labels)
+
+
+# Bad images, odd modes, missing classes ------------------------------------------------------------------------------
+
+
+def spoiled(bad: tuple[int, ...], count: int = 80, seed: int = 0) -> Dataset:
+    """As `make`, but that the PNG files of some rows are cut in half."""
+    buffers = []
+    for i, image in enumerate(pictures(count, seed=seed)):
+        buffer = io.BytesIO()
+        PILImage.fromarray(image).save(buffer, "PNG")
+        whole = buffer.getvalue()
+        buffers.append({"bytes": whole[: len(whole) // 2] if i in bad else whole, "path": f"{i:03}.png"})
+    features = Features({"image": Image(), "label": ClassLabel(names=NAMES)})
+    return Dataset.from_dict({"image": buffers, "label": [i % 4 for i in range(count)]}, features=features)
+
+
+@pytest.mark.parametrize(("crop_pct", "workers"), [(1.0, 0), (0.8, 0), (0.8, 1)])
+def test_a_bad_image_is_named_in_one_line_when_it_is_met(crop_pct: float, workers: int, tmp_path: Path) -> None:
+    splits = {"train": make(80), "validation": spoiled((7,), 16), "test": make(40)}
+    data = load_image_data(save(tmp_path / "data", **splits))
+
+    def read() -> None:
+        loaders = build_loaders(data, {**GREY, "crop_pct": crop_pct}, batch_size=16, num_workers=workers)
+        list(loaders["validation"])
+
+    with pytest.raises(DataError, match=r"row 7 \(007.png\) cannot be decoded: .*--on_bad_image skip") as caught:
+        read()
+    assert "\n" not in str(caught.value)
+    assert "Traceback" not in str(caught.value)
+
+
+def test_bad_images_are_skipped_counted_and_named_before_the_splits_are_made(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    bad = (0, 3, 50)
+    folder = save(tmp_path / "data", train=spoiled(bad), test=make(40, seed=1))
+    with pytest.raises(DataError, match="row 0"):
+        load_image_data(folder)
+    assert not caplog.messages
+    data = load_image_data(folder, on_bad_image="skip")
+    (message,) = caplog.messages
+    assert message.startswith("3 of 80 images of the train split are left out, in rows 0, 3, 50. The first: ")
+    good = [p.tobytes() for i, p in enumerate(pictures(80)) if i not in bad]
+    assert sorted(contents(data.splits["train"]) + contents(data.splits["validation"])) == sorted(good)
+    # What is left is split as a data set that never had them.
+    clean = make(80).select([i for i in range(80) if i not in bad])
+    same = load_image_data(save(tmp_path / "clean", train=clean, test=make(40, seed=1)))
+    assert contents(data.splits["train"]) == contents(same.splits["train"])
+    with pytest.raises(DataError, match="None of the 8 images of the train split can be used"):
+        load_image_data(save(tmp_path / "none", train=spoiled(tuple(range(8)), 8)), on_bad_image="skip")
+
+
+RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
+MODES = {
+    "L": PILImage.fromarray(RAMP),
+    "LA": PILImage.fromarray(np.stack([RAMP, RAMP[::-1]], -1)),
+    "RGB": PILImage.fromarray(np.stack([RAMP] * 3, -1)),
+    "RGBA": PILImage.fromarray(np.stack([RAMP] * 3 + [RAMP[::-1]], -1)),
+    "P": PILImage.fromarray(np.stack([RAMP] * 3, -1)).quantize(256),
+    "I;16": PILImage.fromarray(RAMP.astype(np.uint16) * 256 + RAMP[::-1]),
+}
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_gives_the_same_picture(mode: str, channels: int) -> None:
+    image = MODES[mode]
+    assert image.mode == mode
+    got = np.asarray(with_channels(image, channels))
+    assert got.shape == ((16, 16) if channels == 1 else (16, 16, 3))
+    assert np.array_equal(got.reshape(16, 16, channels), np.repeat(RAMP[..., None], channels, -1))
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.float32])
+def test_images_of_unknown_range_are_refused(kind: Any) -> None:
+    with pytest.raises(DataError, match=r"\(mode [IF]\), whose range is not known"):
+        with_channels(PILImage.fromarray(RAMP.astype(kind)), 1)
+
+
+def test_a_set_of_mixed_modes_is_read_in_colour_image_by_image(tmp_path: Path) -> None:
+    images = [*MODES.values()] * 8
+    features = Features({"image": Image(), "label": ClassLabel(names=NAMES)})
+    mixed = Dataset.from_dict({"image": images, "label": [i % 4 for i in range(len(images))]}, features=features)
+    data = load_image_data(save(tmp_path / "data", train=mixed, validation=mixed, test=mixed))
+    assert data.channels == 3
+    cfg = {**COLOUR, "input_size": (3, 16, 16)}
+    got = torch.cat([batch["pixel_values"] for batch in build_loaders(data, cfg, batch_size=16)["test"]])
+    expected = (torch.tensor(RAMP / 255.0)[None] - torch.tensor(COLOUR["mean"])[:, None, None]) / torch.tensor(
+        COLOUR["std"]
+    )[:, None, None]
+    torch.testing.assert_close(got.double(), expected.expand(len(images), 3, 16, 16), rtol=0, atol=1e-6)
+
+
+def test_a_class_without_images_is_an_error_unless_it_is_to_be_kept(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    labels = [i % 3 + (i % 3 > 0) for i in range(80)]
+    folder = save(tmp_path / "data", train=make(80, labels), test=make(40, seed=1))
+    text = r"1 of 4 classes have no image in the training split: 1 \('bee'\)"
+    with pytest.raises(DataError, match=rf"{text}\. --on_missing_class keep"):
+        load_image_data(folder)
+    assert load_image_data(folder, on_missing_class="keep").label_names == NAMES
+    assert re.match(text, caplog.messages[0])
+    counted = save(tmp_path / "from_one", train=make(80, [1 + i % 4 for i in range(80)], NUMBERS))
+    with pytest.raises(DataError, match="Are the labels counted from 1"):
+        load_image_data(counted)
 
 
 # The bundled sample --------------------------------------------------------------------------------------------------
