@@ -8,8 +8,9 @@ evaluate (the test split, read once; table, results.json and plots). `--help` li
 
 With --push_to_hub --hub_model_id org/name the SDQ models are published at the end, each budget on a branch.
 
-Exit codes: 0 done; 1 done but not published; 2 wrong options or data, or ranks that disagree, in one line; 130 stopped by
-Ctrl-C, with a checkpoint.
+Exit codes: 0 done; 1 done but not published; 2, with one line, for wrong options or data, a file that cannot be read or
+written, a loss that is not finite, or ranks that disagree; 130 stopped by Ctrl-C and 143 by SIGTERM, with a checkpoint. The
+exit code of a launcher is its own.
 """
 
 import logging
@@ -25,6 +26,7 @@ from sdq_hf.training.arguments import Arguments, parse_arguments
 from sdq_hf.training.interrupt import Interrupt, Interrupted
 from sdq_hf.training.report import report
 from sdq_hf.training.stages import Run
+from sdq_hf.writing import WriteError
 
 
 def main(argv: list[str]) -> int:
@@ -35,7 +37,13 @@ def main(argv: list[str]) -> int:
             # A wrong token is better known before the training than after it.
             check_access(str(arguments.run.hub_model_id))
         return run_stages(arguments)
-    except (ValueError, PublishError, RankError) as error:
+    except WriteError as error:
+        print(
+            f"run_sdq.py: error: {error}. What is there is still good: make room, and --resume goes on.",
+            file=sys.stderr,
+        )
+        return 2
+    except (ValueError, OSError, PublishError, RankError) as error:
         # Wrong options, data and budgets are ValueErrors of ours, each with a message of one line.
         print(f"run_sdq.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -58,7 +66,7 @@ def run_stages(arguments: Arguments) -> int:
                 f"Stopped; a checkpoint is in {folder}. The same command and --resume go on from there.",
                 file=sys.stderr,
             )
-            return 130
+            return interrupt.exit_code
 
 
 def work(run: Run, last: str) -> None:

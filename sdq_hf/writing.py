@@ -2,21 +2,62 @@
 
 import json
 import os
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 
+class WriteError(OSError):
+    """A file that cannot be written; one line that names it and the room there is. What was there before is still good."""
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Around the writing of the file or folder `path`: what fails removes it, and ends in a `WriteError`."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:  # of Python, safetensors and torch.save
+        with suppress(OSError):
+            remove(path)
+        if isinstance(error, WriteError):
+            raise
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).strip().split("\n")[0]
+        raise WriteError(f"{path} cannot be written: {reason}{_room(path)}") from error
+
+
+def _room(path: Path) -> str:
+    folder = next(parent for parent in path.absolute().parents if parent.is_dir())
+    return f" ({shutil.disk_usage(folder).free / 1e6:,.1f} MB are free there)"
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, which need not be there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def write_beside(path: str | Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` make a file beside `path`, whose folder is made when it is missing, and rename it to `path`."""
+    """Let `write` make a file beside `path`, whose folder is made when it is missing, and rename it to `path`.
+
+    Raises `WriteError`; the file that was there is left as it was.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".new")
-    write(beside)
-    os.replace(beside, path)
+    with writing(beside):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(beside)
+        # Without this a name may outlive a power cut that its contents do not.
+        with beside.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(beside, path)
 
 
 def write_text(path: str | Path, text: str) -> None:

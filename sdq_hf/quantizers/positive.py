@@ -1,5 +1,6 @@
 """Learned scales that stay above zero."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -27,3 +28,20 @@ class KeepsPositive:
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._least = None
         super()._load_from_state_dict(*args, **kwargs)  # type: ignore[misc]
+
+
+def floors(module: nn.Module) -> dict[str, Any]:
+    """Name of each quantizer in `module` -> least value of its scale, or list of those of its channels; None before use.
+
+    They are no part of a model's state, but of its training's: one that is resumed without them has other floors.
+    """
+    found = {name: m._least for name, m in module.named_modules() if isinstance(m, KeepsPositive)}
+    return {name: None if least is None else least.tolist() for name, least in found.items()}
+
+
+def set_floors(module: nn.Module, values: Mapping[str, Any]) -> None:
+    """Give the quantizers of `module` the least values that `floors` has told, after its state was loaded."""
+    for name, value in values.items():
+        quantizer = module.get_submodule(name)
+        assert isinstance(quantizer, KeepsPositive)
+        quantizer._least = None if value is None else torch.tensor(value)

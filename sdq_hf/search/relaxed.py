@@ -178,8 +178,7 @@ def _train(
         for parameter in own:
             assert parameter.grad is not None
             parameter.grad = cast(Tensor, accelerator.reduce(parameter.grad / training.scale, reduction="mean"))
-        # Half precision can overflow: such a batch tells nothing.
-        if training.step() and all(parameter.grad.isfinite().all() for parameter in own if parameter.grad is not None):
+        if training.step(loss, all(p.grad.isfinite().all() for p in own if p.grad is not None)):
             optimizer.step()
         optimizer.zero_grad()
         schedule.step()

@@ -7,7 +7,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ..quantizers.positive import floors, set_floors
 from ..strategy import Strategy
+from ..training.losses import DivergedError
 from ..training.optim import OptimizerArguments, create_optimizer
 from .agreement import check_agreement, weights_digest
 from .descent import BudgetError
@@ -42,6 +44,7 @@ def _descend(task: Task, update: TwoSided | Paper) -> list[Strategy]:
         descent.load_state_dict(resume_from["descent"])
         update.load_state_dict(resume_from["update"])
         log.moves, log.estimates = list(resume_from["moves"]), list(resume_from["estimates"])
+        log.batches, log.backward_images = step, resume_from["backward_images"]
     else:
         task.calibrate()
     teacher = task.float_network()
@@ -53,6 +56,7 @@ def _descend(task: Task, update: TwoSided | Paper) -> list[Strategy]:
             if resume_from is not None:
                 tensors = resume_from.get("tensors", {})
                 training.load(tensors)
+                set_floors(model, resume_from["floors"])
             saved = {key.removeprefix("scales."): value for key, value in tensors.items() if key.startswith("scales.")}
             weights.start(saved)
 
@@ -63,6 +67,8 @@ def _descend(task: Task, update: TwoSided | Paper) -> list[Strategy]:
                     "update": update.state_dict(),
                     "moves": log.moves,
                     "estimates": log.estimates,
+                    "backward_images": log.backward_images,
+                    "floors": floors(model),
                 }
                 if trained:
                     scales = {f"scales.{name}": value for name, value in weights.scales().items()}
@@ -97,8 +103,7 @@ def _descend(task: Task, update: TwoSided | Paper) -> list[Strategy]:
                 gradients = weights.gradients() / training.scale
                 gradients = cast(Tensor, accelerator.reduce(gradients, reduction="mean"))
                 values = dict(zip(descent.names, gradients.tolist(), strict=True))
-                # Half precision can overflow: such a batch tells nothing.
-                if training.step() and math.isfinite(sum(values.values())):
+                if training.step(mean_loss, math.isfinite(sum(values.values()))):
                     update.observe(values, drawn)
                 moved = None
                 # One step at a time, or a few where there are very many that could be taken.
@@ -140,15 +145,21 @@ class Training:
         self.scale = 1024.0 if task.accelerator.mixed_precision == "fp16" else 1.0
         options = OptimizerArguments(lr=task.weight_lr, weight_decay=0.0)
         self.optimizer = create_optimizer(task.model, options) if parameters else None
+        self.lost = 0
 
-    def step(self) -> bool:
-        """Update the weights; False, and nothing is changed, where a gradient is not finite."""
+    def step(self, loss: Tensor, finite: bool) -> bool:
+        """Update the weights; False, and nothing is changed, where a gradient is not finite.
+
+        `finite`: whether the method's own gradients are, which have been averaged over all ranks.
+        Half precision can overflow, and such a batch tells nothing. Otherwise, or when it goes on for 20 batches, the weights
+        are lost: raises `DivergedError`.
+        """
         if self.optimizer is None:
-            return True
+            return self._check(loss, finite)
         used = [parameter for parameter in self.parameters if parameter.grad is not None]
         flat = torch.cat([cast(Tensor, parameter.grad).reshape(-1) for parameter in used]) / self.scale
         flat = cast(Tensor, self.accelerator.reduce(flat, reduction="mean"))
-        if self.scale != 1 and not flat.isfinite().all():
+        if not self._check(loss, finite and bool(flat.isfinite().all())):
             self.optimizer.zero_grad()
             return False
         for parameter, grad in zip(used, flat.split([p.numel() for p in used]), strict=True):
@@ -156,6 +167,17 @@ class Training:
         self.optimizer.step()
         self.optimizer.zero_grad()
         return True
+
+    def _check(self, loss: Tensor, finite: bool) -> bool:
+        self.lost = 0 if finite else self.lost + 1
+        if self.lost > (20 if self.scale != 1 else 0):
+            rates = [group["lr"] for group in self.optimizer.param_groups] if self.optimizer else [0.0]
+            raise DivergedError(
+                f"The search's gradients are not finite any more, at a loss of {loss.item():g} and a learning rate of "
+                f"{max(rates):g} of the weights: take a lower one (weight_lr), or look for values in the images or the "
+                "weights that are not finite."
+            )
+        return finite
 
     def tensors(self) -> dict[str, Tensor]:
         """Copies of the model's and the optimizer's tensors."""

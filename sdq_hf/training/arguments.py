@@ -64,6 +64,13 @@ class DataArguments:
     shuffle_buffer_size: int = _option(1000, "Images of a stream that wait in memory to be shuffled.")
     max_train_samples: int | None = _option(None, "Use so many training images only.")
     max_eval_samples: int | None = _option(None, "Use so many validation and test images only.")
+    on_bad_image: Literal["error", "skip"] = _option(
+        "error",
+        "What to do with images that cannot be decoded; skip decodes all images once before the run, to find them.",
+    )
+    on_missing_class: Literal["error", "keep"] = _option(
+        "error", "What to do when a class has no training image; keep leaves it in the head, untrained."
+    )
     img_size: int | None = _option(None, "Side of the images in pixels; default: the model's own.")
     aug: Literal["none", "light", "rand"] = _option(
         "light", "Augmentation: none, light (crop and flip), rand (RandAugment and erasing)."
@@ -139,6 +146,13 @@ class RunArguments:
         "all", "What to do; a single stage builds on what earlier ones left in output_dir."
     )
     resume: bool = _option(False, "Go on where the run in output_dir stopped.")
+    save_steps: int = _option(
+        200,
+        "Batches of a search, and updates of a training, between checkpoints; a training has one after each epoch too.",
+    )
+    save_total_limit: int = _option(
+        2, "Checkpoints that are kept of what is running; where the last is damaged, the one before it takes its place."
+    )
     seed: int = _option(0, "Of weights, data order, augmentation and draws.")
     mixed_precision: Literal["no", "fp16", "bf16"] | None = _option(None, "Default: as Accelerate was launched.")
     gradient_accumulation_steps: int = _option(1, "Batches per update.")
@@ -191,7 +205,7 @@ class Arguments:
 # Options that do not change the result.
 _NOT_IN_COMMAND = {
     *("output_dir", "stage", "resume", "report_to", "cpu", "workers", "prefetch_factor", "pin_memory"),
-    *("push_to_hub", "hub_model_id", "hub_private_repo", "hub_license"),
+    *("push_to_hub", "hub_model_id", "hub_private_repo", "hub_license", "save_steps", "save_total_limit"),
 }
 _PATHS = {"dataset", "data_dir", "checkpoint", "kd_teacher_checkpoint"}
 
@@ -290,6 +304,8 @@ def _check(arguments: Arguments) -> None:
         "gradient_accumulation_steps": run.gradient_accumulation_steps,
         "lr": tune.lr,
         "teacher_lr": teacher.teacher_lr,
+        "save_steps": run.save_steps,
+        "save_total_limit": run.save_total_limit,
         "max_search_batches": search.max_search_batches,
         "max_train_samples": data.max_train_samples,
         "max_eval_samples": data.max_eval_samples,

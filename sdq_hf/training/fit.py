@@ -1,8 +1,6 @@
 """The training loop that the teacher and the quantized student share, on Accelerate."""
 
-import json
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -14,15 +12,17 @@ from typing import Any
 import torch
 from accelerate import Accelerator, skip_first_batches
 from accelerate.data_loader import DataLoaderShard
-from safetensors.torch import load_file
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
-from ..writing import save_tensors
+from ..quantizers.positive import floors, set_floors
+from ..writing import save_tensors, write_beside
+from .checkpoints import Checkpoints, load_tensors
 from .evaluation import evaluate
 from .interrupt import Interrupt
 from .loaders import endless
+from .losses import DivergedError
 from .optim import OptimizerArguments, create_optimizer, create_scheduler
 from .progress import Progress
 
@@ -32,12 +32,18 @@ LossFunction = Callable[[nn.Module, Tensor, Tensor, float], Tensor]
 
 @dataclass
 class FitState:
-    """How far a training is. Written beside Accelerate's state, so a resumed run goes on where this one stopped."""
+    """How far a training is. Written beside Accelerate's state, so a resumed run goes on where this one stopped.
+
+    loss_sum, loss_count: of the batches of an epoch that is not over. floors: of the quantizers' scales.
+    """
 
     update: int = 0
     best: float | None = None
     best_epoch: int = -1
     seconds: float = 0.0
+    loss_sum: float = 0.0
+    loss_count: int = 0
+    floors: dict[str, float | None] = field(default_factory=dict)
     history: list[dict[str, float]] = field(default_factory=list)
 
 
@@ -55,7 +61,8 @@ def fit(
     model_ema_decay: float = 0.998,
     eval_metric: str = "top1",
     reference: nn.Module | None = None,
-    save_every: int = 1,
+    save_steps: int | None = None,
+    save_total_limit: int = 2,
     interrupt: Interrupt | None = None,
     note: Callable[[], dict[str, float]] | None = None,
 ) -> FitState:
@@ -66,10 +73,15 @@ def fit(
         loaders: "train" and "validation", prepared by `accelerator`; batches have pixel_values and labels. A stream, over
             an `IterableDataset`, needs `options.max_steps`, is validated every `options.eval_steps` updates, and has
             whole updates only with an accelerator whose `sync_with_dataloader` is off.
-        checkpoint_dir: the training state is kept here while the training lasts. With `resume` it goes on from there.
+        checkpoint_dir: of this training alone; its state is kept here while it lasts. With `resume` it goes on from there.
         eval_metric: what "best" means on validation: top1 or top5 (higher), or loss or kl (lower).
         reference: the network that "kl" is measured from.
+        save_steps: updates between two checkpoints within an epoch; there is one after each epoch in any case.
+        save_total_limit: checkpoints that are kept. The one before the last takes its place where it is damaged.
         note: more numbers for the progress bar, e.g. average bits.
+
+    Raises `DivergedError` for a loss that is not finite, `WriteError` where a checkpoint cannot be written, and
+    `DamagedError` where none can be read.
     """
     interrupt = interrupt or Interrupt()
     train: DataLoaderShard = loaders["train"]
@@ -90,9 +102,44 @@ def fit(
     ema = ModelEmaV3(model, decay=model_ema_decay, use_warmup=True) if model_ema else None
     state = FitState()
     best = checkpoint_dir / "best.safetensors"
-    checkpoint = _Checkpoint(accelerator, checkpoint_dir / "checkpoint", wrapped, prepared, ema)
-    if resume and checkpoint.exists():
-        state = checkpoint.load()
+    checkpoints = Checkpoints(checkpoint_dir, accelerator, save_total_limit)
+    # Accelerate saves every model and optimizer that it ever prepared; only these two belong to this training.
+    accelerator._models[:], accelerator._optimizers[:] = [wrapped], [prepared]
+    accelerator._custom_objects[:] = [] if ema is None else [ema]
+
+    trained = nn.ModuleList([model] if ema is None else [model, ema.module])
+
+    def write(folder: Path) -> None:
+        accelerator.save_state(str(folder), safe_serialization=True)
+        if best.exists() and accelerator.is_main_process:
+            shutil.copyfile(best, folder / best.name)
+
+    def read(folder: Path) -> None:
+        accelerator.load_state(str(folder))
+        if (folder / best.name).exists() and accelerator.is_main_process:
+            write_beside(best, lambda beside: shutil.copyfile(folder / best.name, beside))
+
+    def save() -> None:
+        check()
+        state.seconds, state.floors = time.perf_counter() - started, floors(trained)
+        checkpoints.save(state.update, asdict(state), write)
+
+    def check(validation_loss: float = 0.0) -> None:
+        loss_sum = progress.collect()
+        finite = torch.tensor(float(math.isfinite(loss_sum + validation_loss)), device=accelerator.device)
+        if accelerator.reduce(finite, reduction="mean").item() < 1:
+            kind = "validation loss" if math.isfinite(loss_sum) and not math.isfinite(validation_loss) else "loss"
+            raise DivergedError(
+                f"{name}: the {kind} is no finite number any more at update {state.update} of {updates}, with a learning "
+                f"rate of {max(group['lr'] for group in optimizer.param_groups):g} (peak {options.lr:g}): take a lower one, "
+                "or look for values in the images or the weights that are not finite"
+            )
+
+    if not resume:
+        checkpoints.remove()
+    elif (kept := checkpoints.load(read)) is not None:
+        state = FitState(**kept)
+        set_floors(trained, state.floors)
         accelerator.print(f"{name}: goes on from update {state.update} of {updates}.")
     epoch, started = state.update // per_epoch, time.perf_counter() - state.seconds
     stream = endless(train, start=state.update * accumulated) if streamed else None
@@ -109,7 +156,7 @@ def fit(
             batches = _pass(train, epoch, done * accumulated)
         else:
             batches = islice(stream, (per_epoch - done) * accumulated)
-        progress.start(epoch, done)
+        progress.start(epoch, done, state.loss_sum, state.loss_count)
         wrapped.train()
         for batch in batches:
             with accelerator.accumulate(wrapped):
@@ -129,13 +176,20 @@ def fit(
                 ema.update(accelerator.unwrap_model(wrapped), step=state.update)
             if state.update == updates:
                 break
+            if state.update % 10 == 0:
+                check()
             # After an epoch's last update its validation comes first, so that a resumed run does not miss it.
-            if state.update % per_epoch and interrupt.requested(accelerator):
-                state.seconds = time.perf_counter() - started
-                checkpoint.save(state)
-                interrupt.stop()
+            if state.update % per_epoch:
+                stop = interrupt.requested(accelerator)
+                if stop or (save_steps and state.update % save_steps == 0):
+                    state.loss_sum, state.loss_count = progress.collect(), progress.loss_count
+                    save()
+                if stop:
+                    interrupt.stop()
+        check()
         evaluated = ema.module if ema is not None else wrapped
         metrics = evaluate(evaluated, loaders["validation"], accelerator, reference=reference)
+        check(metrics["loss"])
         epoch += 1
         score = -metrics[eval_metric] if eval_metric in ("loss", "kl") else metrics[eval_metric]
         if state.best is None or score > state.best:
@@ -148,17 +202,17 @@ def fit(
         row = {"epoch": epoch, "train_loss": progress.mean_loss, **{f"validation_{k}": v for k, v in metrics.items()}}
         state.history.append(row)
         accelerator.log({f"{name}/{key}": value for key, value in row.items()}, step=state.update)
+        state.loss_sum, state.loss_count = 0.0, 0
         state.seconds = time.perf_counter() - started
         stop = interrupt.requested(accelerator)
-        if stop or (epoch % save_every == 0 and state.update < updates):
-            checkpoint.save(state)
+        if stop or state.update < updates:
+            save()
         if stop:
             interrupt.stop()
     accelerator.wait_for_everyone()
     # Takes off the wrapper that makes every forward pass one in mixed precision: what is published computes in float32.
     accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
-    if best.exists():
-        model.load_state_dict(load_file(best))
+    model.load_state_dict(load_tensors(best))
     return state
 
 
@@ -171,37 +225,6 @@ def _pass(train: Any, epoch: int, done: int) -> Any:
         # The loader that skips is a new one, which older versions of Accelerate let start at epoch 0.
         batches.set_epoch(epoch)
     return batches
-
-
-class _Checkpoint:
-    """Accelerate's training state and our counters, written beside the old one and then renamed over it."""
-
-    def __init__(
-        self, accelerator: Accelerator, path: Path, model: nn.Module, optimizer: Any, ema: ModelEmaV3 | None
-    ) -> None:
-        self.accelerator, self.path = accelerator, path
-        # Accelerate saves every model and optimizer that it ever prepared; only these two belong to this training.
-        accelerator._models[:], accelerator._optimizers[:] = [model], [optimizer]
-        accelerator._custom_objects[:] = [] if ema is None else [ema]
-
-    def exists(self) -> bool:
-        return (self.path / "fit.json").exists()
-
-    def save(self, state: FitState) -> None:
-        beside = self.path.with_name(self.path.name + ".new")
-        if self.accelerator.is_main_process:
-            shutil.rmtree(beside, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(beside), safe_serialization=True)
-        if self.accelerator.is_main_process:
-            (beside / "fit.json").write_text(json.dumps(asdict(state)))
-            shutil.rmtree(self.path, ignore_errors=True)
-            os.replace(beside, self.path)
-        self.accelerator.wait_for_everyone()
-
-    def load(self) -> FitState:
-        self.accelerator.load_state(str(self.path))
-        return FitState(**json.loads((self.path / "fit.json").read_text()))
 
 
 @torch.no_grad()

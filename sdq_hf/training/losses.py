@@ -9,6 +9,10 @@ from ..quantizers import bin_regularization
 from ..quantizers.weight import channel_parts
 
 
+class DivergedError(ValueError):
+    """A loss that is not finite any more; names the training, the update and the learning rate."""
+
+
 def distillation(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     """`-mean_i sum_c p_teacher log p_student` at temperature 1, soft labels only; logits [B, C] -> 0-d float32."""
     target = F.softmax(teacher_logits.float(), dim=-1)

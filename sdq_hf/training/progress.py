@@ -17,11 +17,14 @@ class Progress:
         self.is_main = accelerator.is_main_process
         self.is_terminal = sys.stderr.isatty()
         self.mean_loss = 0.0
+        self.loss_sum, self.loss_count = 0.0, 0
         self._losses: list[Tensor] = []
         self._bar: tqdm | None = None
 
-    def start(self, epoch: int, done: int = 0) -> None:
+    def start(self, epoch: int, done: int = 0, loss_sum: float = 0.0, loss_count: int = 0) -> None:
+        """Begin an epoch, or go on in it after `done` batches, whose losses are `loss_count` numbers with this sum."""
         self._epoch, self._losses, self._seen, self._started = epoch, [], 0, time.perf_counter()
+        self.loss_sum, self.loss_count = loss_sum, loss_count
         if self.is_main and self.is_terminal:
             total = self.batches * self.batch_size
             title = f"{self.name} {epoch + 1}/{self.epochs:g}"
@@ -35,10 +38,19 @@ class Progress:
             if len(self._losses) % 10 == 1:
                 self._bar.set_postfix({"loss": f"{loss.item():.3f}", **{k: f"{v:.2f}" for k, v in numbers.items()}})
 
+    def collect(self) -> float:
+        """Add the losses since the last call to `loss_sum`, and return it. Waits for the device."""
+        # One by one: the sum is the same wherever an epoch is interrupted.
+        for loss in self._losses:
+            self.loss_sum += loss.item()
+        self.loss_count += len(self._losses)
+        self._losses.clear()
+        return self.loss_sum
+
     def finish(self, metrics: Mapping[str, float]) -> None:
         """End of an epoch: `metrics` on validation."""
         seconds = time.perf_counter() - self._started
-        self.mean_loss = sum(x.item() for x in self._losses) / max(1, len(self._losses))
+        self.mean_loss = self.collect() / max(1, self.loss_count)
         if self._bar is not None:
             self._bar.close()
             self._bar = None

@@ -1,6 +1,5 @@
 """The end of a run: test metrics, the table, results.json and the plots."""
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -14,6 +13,7 @@ from ..modeling_sdq import SDQForImageClassification
 from ..packed_files import weight_file_bytes
 from ..strategy import FLOAT_BITS, Strategy
 from ..writing import write_json, write_text
+from .checkpoints import load_json
 from .evaluation import evaluate
 from .stages import Run
 
@@ -50,10 +50,11 @@ def report(run: Run, entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any
 def row_of(run: Run, entry: Mapping[str, Any]) -> dict[str, Any]:
     """What the packed model of one strategy gets on the test split, loaded from its file, and what it costs."""
     folder, accelerator = run.folder / "models" / entry["name"], run.accelerator
+    run.interrupt.check(accelerator)
     model = SDQForImageClassification.from_pretrained(folder)
     model = model.to(accelerator.device).to(memory_format=torch.channels_last)
     metrics = evaluate(model, run.loaders()["test"], accelerator, reference=run.network)
-    tuned = json.loads((run.folder / "finetune" / f"{entry['name']}.json").read_text())
+    tuned = load_json(run.folder / "finetune" / f"{entry['name']}.json")
     strategy = Strategy.from_json(entry["strategy"])
     return {
         "name": entry["name"],
@@ -76,7 +77,7 @@ def row_of(run: Run, entry: Mapping[str, Any]) -> dict[str, Any]:
 def _float_row(run: Run) -> dict[str, Any]:
     path = run.folder / "teacher" / "model.safetensors"
     strategy = run.base.strategy
-    trained = json.loads(path.with_name("teacher.json").read_text())
+    trained = load_json(path.with_name("teacher.json"))
     return {
         "name": "full precision",
         "method": "float",
@@ -164,7 +165,7 @@ def _descents(run: Run, entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     main = main_method(entries)
     costs = dict.fromkeys(entry["cost"] for entry in entries if entry["method"] == main)
     paths = {cost: run.folder / "search" / f"{main}-{cost}.json" for cost in costs}
-    logs = {cost: json.loads(path.read_text()) for cost, path in paths.items()}
+    logs = {cost: load_json(path) for cost, path in paths.items()}
     return {cost: log for cost, log in logs.items() if log["moves"]}
 
 

@@ -8,9 +8,8 @@ results.json, plots/*.png        the end
 """
 
 import gc
-import json
+import math
 import os
-import shutil
 import time
 from collections.abc import Mapping
 from difflib import get_close_matches
@@ -21,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, broadcast, set_seed
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..backbones import create_backbone, hub_id, set_grad_checkpointing
@@ -31,7 +29,7 @@ from ..modeling_sdq import SDQForImageClassification
 from ..search import SDQ_METHODS, SearchLog, SearchState, search
 from ..search.descent import Descent
 from ..strategy import Strategy, bits_text
-from ..writing import save_tensors, write_json
+from ..writing import remove, save_tensors, write_json, writing
 from .arguments import (
     ArgumentError,
     Arguments,
@@ -41,12 +39,13 @@ from .arguments import (
     budget_entries,
     values_by_name,
 )
+from .checkpoints import Checkpoints, load_json, load_tensors
 from .data import ImageData, load_image_data
 from .evaluation import evaluate, logits_of
 from .fit import LossFunction, fit, recalibrate
 from .interrupt import Interrupt, Interrupted
 from .loaders import build_loaders, build_mixup
-from .losses import distillation, ramp, total_bin_regularization
+from .losses import DivergedError, distillation, ramp, total_bin_regularization
 from .optim import OptimizerArguments
 from .progress import SearchProgress
 
@@ -59,10 +58,12 @@ _LEFT_BY = {
 }
 # What shows that a stage has been run.
 _RESULT_OF = {"teacher": "teacher/model.safetensors", "search": "search/strategies.json", "finetune": "models"}
+# All that a run leaves which is stopped before it began.
+_FIRST = {"arguments.json.new"}
 # Options that may differ when a run is resumed.
 _FREE = {
     *("stage", "resume", "output_dir", "report_to", "workers", "prefetch_factor", "pin_memory", "cpu"),
-    *("push_to_hub", "hub_model_id", "hub_private_repo", "hub_license"),
+    *("push_to_hub", "hub_model_id", "hub_private_repo", "hub_license", "save_steps", "save_total_limit"),
 }
 
 
@@ -136,7 +137,7 @@ class Run:
                 raise ArgumentError(
                     f"--output_dir {self.folder} holds no run to go on with: start one without --resume"
                 )
-            before = json.loads(path.read_text())
+            before = load_json(path, "start anew without --resume")
             if run.resume:
                 _check_same(before, options)
             else:
@@ -146,7 +147,7 @@ class Run:
                 for stage in STAGES[: STAGES.index(run.stage)]:
                     if not (self.folder / _RESULT_OF[stage]).exists():
                         raise self._missing(stage)
-        elif self.folder.exists() and not path.exists() and any(self.folder.iterdir()):
+        elif self.folder.exists() and not path.exists() and {p.name for p in self.folder.iterdir()} - _FIRST:
             raise ArgumentError(
                 f"--output_dir {self.folder} is not empty and holds no earlier run: choose another folder"
             )
@@ -154,15 +155,20 @@ class Run:
     def _prepare_folder(self) -> None:
         run = self.arguments.run
         if self.accelerator.is_main_process:
+            # Safetensors writes beside, too, and its file outlives a killed process.
+            for path in self.folder.rglob(".tmp*"):
+                remove(path)
             if not run.resume:
                 first = 0 if run.stage == "all" else STAGES.index(run.stage)
-                for stage in STAGES[first:]:
-                    for name in _LEFT_BY[stage]:
-                        _remove(self.folder / name)
+                # What is built on first, and each stage's result before the rest: whenever this is cut short, what is left
+                # is a part of the earlier run that can go on.
+                for stage in reversed(STAGES[first:]):
+                    for name in [*([_RESULT_OF[stage]] if stage in _RESULT_OF else []), *_LEFT_BY[stage]]:
+                        remove(self.folder / name)
             options = self.arguments.to_dict()
             if not run.resume and run.stage not in ("all", "teacher"):
                 # What earlier stages were run with stays on record.
-                before = json.loads((self.folder / "arguments.json").read_text())
+                before = load_json(self.folder / "arguments.json")
                 options = {**options, **{k: v for k, v in before.items() if k not in self._own_options()}}
             write_json(self.folder / "arguments.json", options)
         self.accelerator.wait_for_everyone()
@@ -240,7 +246,9 @@ class Run:
     def teacher(self) -> None:
         """Train the full-precision network, unless its weights were given."""
         path = self.folder / "teacher" / "model.safetensors"
-        if path.exists() and self._wants("teacher"):
+        checkpoint_dir = path.parent / "training"
+        if path.exists() and path.with_name("teacher.json").exists() and self._wants("teacher"):
+            self._remove(checkpoint_dir)
             return self._load_teacher()
         if not self._wants("teacher"):
             if not path.exists():
@@ -265,18 +273,20 @@ class Run:
                 loaders,
                 recipe,
                 self.accelerator,
-                path.parent,
+                checkpoint_dir,
                 name="teacher",
-                resume=self.arguments.run.resume,
-                interrupt=self.interrupt,
+                **self._checkpointing(),
             )
         metrics = evaluate(self.network, loaders["validation"], self.accelerator)
+        if not math.isfinite(metrics["loss"]):
+            raise DivergedError(
+                f"The full-precision network's validation loss is {metrics['loss']}: its weights or the images hold values "
+                "that are not finite"
+            )
         if self.accelerator.is_main_process:
             write_json(path.parent / "teacher.json", {"seconds": time.perf_counter() - started, "validation": metrics})
             save_tensors(self.network.state_dict(), path)
-            _remove(path.parent / "checkpoint")
-            _remove(path.parent / "best.safetensors")
-        self.accelerator.wait_for_everyone()
+        self._remove(checkpoint_dir)
         self._load_teacher()
 
     def _teacher_epochs(self) -> int:
@@ -287,8 +297,25 @@ class Run:
         given = model.checkpoint or (model.pretrained and self._fits_data(self.network))
         return 0 if given else 30
 
+    def _checkpointing(self) -> dict[str, Any]:
+        """Options of `fit` about checkpoints and stops."""
+        run = self.arguments.run
+        return {
+            "resume": run.resume,
+            "save_steps": run.save_steps,
+            "save_total_limit": run.save_total_limit,
+            "interrupt": self.interrupt,
+        }
+
+    def _remove(self, folder: Path) -> None:
+        """Remove a folder that is of no use any more, when all ranks are done with it."""
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            remove(folder)
+        self.accelerator.wait_for_everyone()
+
     def _load_teacher(self) -> None:
-        state = load_file(self.folder / "teacher" / "model.safetensors")
+        state = load_tensors(self.folder / "teacher" / "model.safetensors")
         self.network.load_state_dict(state)
         self.network.eval()
         self.base.load_float_state(state)
@@ -299,7 +326,7 @@ class Run:
         """Find the strategies of all budgets, with SDQ and with the controls."""
         path = self.folder / "search" / "strategies.json"
         if path.exists():
-            return json.loads(path.read_text())
+            return load_json(path)
         if not self._wants("search"):
             raise self._missing("search")
         options = self.arguments.search
@@ -351,13 +378,16 @@ class Run:
         """One search: a strategy for each budget, seconds, and the log. A finished one is read when the run is resumed."""
         options, run = self.arguments.search, self.arguments.run
         folder = self.folder / "search"
-        log, checkpoint, result = SearchLog(), _SearchCheckpoint(folder, name), folder / f"{name}.json"
+        log, result = SearchLog(), folder / f"{name}.json"
+        checkpoints = Checkpoints(folder / name, self.accelerator, run.save_total_limit)
+        self.interrupt.check(self.accelerator)
         if run.resume and result.exists():
-            kept = json.loads(result.read_text())
+            checkpoints.remove()
+            kept = load_json(result)
             for field in ("moves", "batches", "forward_images", "backward_images"):
                 setattr(log, field, kept[field])
             return [Strategy.from_json(strategy) for strategy in kept["strategies"]], kept["seconds"], log
-        state = checkpoint.load() if run.resume else None
+        state = _load_search(checkpoints) if run.resume else None
         started = time.perf_counter() - (state["seconds"] if state else 0.0)
         cost = get_cost(cost)
         least = min(cost.limit(budget) for budget in budgets)
@@ -367,11 +397,9 @@ class Run:
             progress.batch(step.batch, step.images, step.loss, step.cost, step.average_bits)
             stop = self.interrupt.requested(self.accelerator)
             # A rival that is stopped begins anew.
-            saved = method in SDQ_METHODS and (stop or step.batch % 200 == 199)
-            if saved and self.accelerator.is_main_process:
-                checkpoint.save({**step.state_dict(), "seconds": time.perf_counter() - started})
+            if method in SDQ_METHODS and (stop or step.batch % run.save_steps == 0):
+                _save_search(checkpoints, step, time.perf_counter() - started)
             if stop:
-                self.accelerator.wait_for_everyone()
                 self.interrupt.stop()
 
         set_seed(run.seed)
@@ -403,14 +431,15 @@ class Run:
         if self.accelerator.is_main_process:
             found = [strategy.to_json() for strategy in strategies]
             write_json(result, {"seconds": seconds, "budgets": budgets, "strategies": found, **log.to_json()})
-            checkpoint.remove()
+        checkpoints.remove()
         return strategies, seconds, log
 
     def finetune(self, entries: list[dict[str, Any]]) -> None:
         """Train the network at the bits of each strategy; save it packed, load it back and compare."""
         for entry in entries:
             name, record = entry["name"], self.folder / "finetune" / f"{entry['name']}.json"
-            if record.exists():
+            if record.exists() and (self.folder / "models" / name).exists():
+                self._remove(record.with_suffix(""))
                 continue
             if not self._wants("finetune"):
                 raise self._missing("finetune")
@@ -426,6 +455,7 @@ class Run:
         from ..hub.plots import plot_weights
 
         record = self.folder / "finetune" / f"{name}.json"
+        self.interrupt.check(self.accelerator)
         options = options or self.arguments.finetune
         data, loaders = self.arguments.data, self.loaders()
         set_seed(self.arguments.run.seed)
@@ -455,12 +485,11 @@ class Run:
             self.accelerator,
             checkpoint_dir,
             name=name,
-            resume=self.arguments.run.resume,
             model_ema=options.model_ema,
             model_ema_decay=options.model_ema_decay,
             eval_metric=metric,
             reference=reference,
-            interrupt=self.interrupt,
+            **self._checkpointing(),
             note=lambda: {"bits": average},
         )
         recalibrate(model, loaders, self.accelerator, options.bn_batches, reference)
@@ -468,11 +497,12 @@ class Run:
         if self.accelerator.is_main_process:
             folder = self.folder / "models" / name
             beside = folder.with_name(f".{name}.new")
-            _remove(beside)
-            model.eval().save_pretrained(beside, print_size=False)
+            remove(beside)
+            with writing(beside):
+                model.eval().save_pretrained(beside, print_size=False)
             plot_weights(model, beside / "plots" / "weights.png")
             _check_reloaded(model, beside, next(iter(loaders["validation"]))["pixel_values"])
-            _remove(folder)
+            remove(folder)
             os.replace(beside, folder)
             print(f"{model.size_report(folder)} Loaded back: logits are bit-identical.", flush=True)
             write_json(
@@ -484,8 +514,7 @@ class Run:
                     "history": state.history,
                 },
             )
-            _remove(checkpoint_dir)
-        self.accelerator.wait_for_everyone()
+        self._remove(checkpoint_dir)
         return model
 
     def close(self) -> None:
@@ -539,36 +568,29 @@ class Run:
         return self.arguments.run.stage in ("all", stage)
 
 
-class _SearchCheckpoint:
-    """State of a running search: numbers in `<name>.checkpoint.json`, which names the file of the tensors."""
+def _save_search(checkpoints: Checkpoints, step: SearchState, seconds: float) -> None:
+    is_main = checkpoints.accelerator.is_main_process
+    # Taken by the main process alone: it is the same on all ranks.
+    state = {**step.state_dict(), "seconds": seconds} if is_main else {}
+    tensors = state.pop("tensors", None)
 
-    def __init__(self, folder: Path, name: str):
-        self.folder, self.name, self.path = folder, name, folder / f"{name}.checkpoint.json"
-
-    def _tensor_files(self) -> list[Path]:
-        return list(self.folder.glob(f"{self.name}.checkpoint-*.safetensors"))
-
-    def save(self, state: dict[str, Any]) -> None:
-        old, tensors = self._tensor_files(), state.pop("tensors", None)
+    def write(folder: Path) -> None:
         if tensors is not None:
-            state["tensor_file"] = f"{self.name}.checkpoint-{state['batch']}.safetensors"
-            save_tensors(tensors, self.folder / state["tensor_file"])
-        write_json(self.path, state)
-        for path in old:
-            if path.name != state.get("tensor_file"):
-                _remove(path)
+            save_tensors(tensors, folder / "search.safetensors")
 
-    def load(self) -> dict[str, Any] | None:
-        if not self.path.exists():
-            return None
-        state = json.loads(self.path.read_text())
-        if "tensor_file" in state:
-            state["tensors"] = load_file(self.folder / state["tensor_file"])
-        return state
+    checkpoints.save(step.batch, state, write)
 
-    def remove(self) -> None:
-        for path in [self.path, *self._tensor_files()]:
-            _remove(path)
+
+def _load_search(checkpoints: Checkpoints) -> dict[str, Any] | None:
+    """What `search` resumes from, None where there is no checkpoint."""
+    tensors: dict[str, Tensor] = {}
+
+    def read(folder: Path) -> None:
+        if (folder / "search.safetensors").exists():
+            tensors.update(load_tensors(folder / "search.safetensors"))
+
+    state = checkpoints.load(read)
+    return {**state, "tensors": tensors} if state is not None and tensors else state
 
 
 def _accelerator(arguments: Arguments) -> Accelerator:
@@ -618,6 +640,8 @@ def _load_data(arguments: Arguments) -> ImageData:
         max_eval_samples=data.max_eval_samples,
         streaming=data.streaming,
         shuffle_buffer_size=data.shuffle_buffer_size,
+        on_bad_image=data.on_bad_image,
+        on_missing_class=data.on_missing_class,
     )
 
 
@@ -657,13 +681,6 @@ def _check_reloaded(model: SDQForImageClassification, folder: Path, images: Tens
         same = torch.equal(loaded(images).logits, model(images).logits)
     if not same:
         raise RuntimeError(f"{folder}: the loaded model's logits differ from those of the model that was saved.")
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 __all__ = ["STAGES", "Interrupted", "Run"]

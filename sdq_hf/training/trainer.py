@@ -12,18 +12,20 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..modeling_sdq import SDQForImageClassification
+from ..quantizers.positive import floors, set_floors
 from ..writing import save_tensors
 
 logger = logging.getLogger(__name__)
 REAL_WEIGHTS = "real_weights.safetensors"
+_FLOOR = "floor of "
 
 
 class QATCallback(TrainerCallback):
     """Makes a training with `Trainer` that is resumed equal the uninterrupted one.
 
-    Trainer's checkpoints are models: they hold quantized weights. This writes the real weights beside them, and takes them
-    back when a training goes on from a checkpoint in `output_dir`. Without it the training would go on from the checkpoint's
-    quantized weights: from the same function, but not on the same path.
+    Trainer's checkpoints are models: they hold quantized weights. This writes the real weights beside them, with the least
+    values of the scales, and takes both back when a training goes on from a checkpoint in `output_dir`. Without it the
+    training would go on from the checkpoint's quantized weights: from the same function, but not on the same path.
     """
 
     def on_train_begin(
@@ -34,6 +36,7 @@ class QATCallback(TrainerCallback):
         if not state.global_step:
             return
         weights = load_file(path) if path.exists() else {}
+        least = {name: weights.pop(name).item() for name in list(weights) if name.startswith(_FLOOR)}
         if not _fit(weights, model):
             logger.warning(
                 f"{path} is missing or of another training: this one goes on from the checkpoint's quantized weights, the "
@@ -44,11 +47,15 @@ class QATCallback(TrainerCallback):
         with torch.no_grad():
             for name, weight in weights.items():
                 layers[name].weight.copy_(weight)
+        set_floors(model, {name.removeprefix(_FLOOR): value for name, value in least.items()})
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             layers = kwargs["model"].quantized_layers()
             weights = {name: layer.weight for name, layer in layers.items()}
+            for name, least in floors(kwargs["model"]).items():
+                if least is not None:
+                    weights[_FLOOR + name] = torch.tensor(least, dtype=torch.float64)
             save_tensors(weights, _checkpoint(args, state) / REAL_WEIGHTS)
 
 

@@ -4,6 +4,7 @@ import importlib.util
 import io
 import json
 import os
+import resource
 import shlex
 import shutil
 import signal
@@ -27,6 +28,7 @@ from sdq_hf import SDQForImageClassification, Strategy
 from sdq_hf.hub.card import python_snippets
 from sdq_hf.hub.publish import revision_of
 from sdq_hf.training.arguments import parse_arguments
+from sdq_hf.training.interrupt import Interrupt
 from tests.hub_server import HubServer, patch_client
 
 # The Hub client's own use of a deprecated argument when it uploads large files.
@@ -49,9 +51,12 @@ main = load_script().main
 @pytest.fixture(autouse=True)
 def _new_process():
     """Accelerate keeps the precision of a process's first run; each run here is to be one in a process of its own."""
-    for state in (AcceleratorState, GradientState):
-        state._reset_state()
+    _forget_process()
     yield
+    _forget_process()
+
+
+def _forget_process():
     for state in (AcceleratorState, GradientState):
         state._reset_state()
 
@@ -164,15 +169,15 @@ def test_pictures_and_models_are_left_and_nothing_unfinished(finished):
 
 
 class Stopper(io.StringIO):
-    """Standard output that sends this process a Ctrl-C when `text` has been printed."""
+    """Standard output that sends this process a Ctrl-C, or another signal, when `text` has been printed."""
 
-    def __init__(self, text):
+    def __init__(self, text, signal=signal.SIGINT):
         super().__init__()
-        self.text = text
+        self.text, self.signal = text, signal
 
     def write(self, text):
         if self.text in text:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(self.signal)
         return super().write(text)
 
 
@@ -181,9 +186,14 @@ def test_a_run_stopped_in_each_stage_and_resumed_equals_the_one_that_was_not(dat
     resume = {}
     # In the teacher's second epoch, the first search, the second search (the first is not done again), and between the two
     # epochs of a fine-tune.
-    for text in ("teacher: epoch 1/3", "teacher: epoch 3/3", "greedy-bits: for", "greedy-bits-3: epoch 1/2"):
-        with redirect_stdout(Stopper(text)):
-            assert main(options(data, folder, **resume)) == 130
+    for text, number, code in (
+        ("teacher: epoch 1/3", signal.SIGINT, 130),
+        ("teacher: epoch 3/3", signal.SIGTERM, 143),
+        ("greedy-bits: for", signal.SIGINT, 130),
+        ("greedy-bits-3: epoch 1/2", signal.SIGTERM, 143),
+    ):
+        with redirect_stdout(Stopper(text, number)):
+            assert main(options(data, folder, **resume)) == code
         assert "--resume" in capsys.readouterr().err
         assert not (folder / "results.json").exists()
         resume = {"resume": "true"}
@@ -195,6 +205,16 @@ def test_a_run_stopped_in_each_stage_and_resumed_equals_the_one_that_was_not(dat
     assert rows_of(folder) == rows_of(whole)
     for path in sorted(whole.rglob("model.safetensors")):
         assert path.read_bytes() == (folder / path.relative_to(whole)).read_bytes(), path
+
+
+def test_a_second_ctrl_c_stops_at_once_and_a_second_sigterm_does_not():
+    with Interrupt() as interrupt:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        assert interrupt.exit_code == 143
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_single_stages_build_on_each_other(data, finished, tmp_path):
@@ -350,10 +370,10 @@ def launch(arguments, script=SCRIPT, processes=2):
 
 
 def test_two_processes_resume_in_the_middle_of_an_epoch(data, tmp_path):
-    # A run in which the first process gets a Ctrl-C at its twelfth update, the third of its second epoch.
+    # The launcher gets a SIGTERM at the twelfth update, the third of the second epoch, and passes it on.
     stopping = tmp_path / "stopping.py"
     stopping.write_text(
-        f"""import signal, sys
+        f"""import os, signal, sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from test_run_sdq import main
 from sdq_hf.training.interrupt import Interrupt
@@ -361,7 +381,8 @@ asked, calls = Interrupt.requested, []
 def requested(self, accelerator):
     calls.append(1)
     if accelerator.is_main_process and len(calls) == 12:
-        signal.raise_signal(signal.SIGINT)
+        os.kill(os.getppid(), signal.SIGTERM)
+        os.kill(os.getppid(), signal.SIGTERM)
     return asked(self, accelerator)
 Interrupt.requested = requested
 sys.exit(main(sys.argv[1:]))
@@ -373,8 +394,10 @@ sys.exit(main(sys.argv[1:]))
     assert done.returncode == 0, done.stderr[-2000:]
     assert launch(options(data, stopped, **common), script=stopping).returncode != 0
     assert not (stopped / "teacher" / "model.safetensors").exists()
-    fit = json.loads((stopped / "teacher" / "checkpoint" / "fit.json").read_text())
-    assert fit["update"] % 9 not in (0, 8)
+    newest = max((stopped / "teacher" / "training").glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
+    state = json.loads((newest / "state.json").read_text())
+    assert state["processes"] == 2
+    assert state["state"]["update"] % 9 not in (0, 8)
     done = launch(options(data, stopped, **common, resume="true"))
     assert done.returncode == 0, done.stderr[-2000:]
     assert "goes on from update" in done.stdout
@@ -512,6 +535,77 @@ def test_a_wrong_option_is_one_line_with_exit_code_2_and_nothing_is_written(data
     assert len(error) == 1
     assert message in error[0]
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "file", ["arguments.json", "teacher/model.safetensors", "search/strategies.json", "search/sdq-bits.json"]
+)
+def test_a_damaged_file_of_a_run_is_named_and_the_rest_left_alone(data, finished, tmp_path, capsys, file):
+    folder = shutil.copytree(finished[0], tmp_path / "run")
+    if file == "search/sdq-bits.json":
+        (folder / "search" / "strategies.json").unlink()
+    damaged = (folder / file).read_bytes()
+    (folder / file).write_bytes(damaged[: len(damaged) // 2])
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    arguments = options(data, finished[0], resume="true")
+    arguments[arguments.index("--output_dir") + 1] = str(folder)
+    assert main(arguments) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1
+    assert f"{folder / file} cannot be read" in error[0]
+    assert ("start anew" if file == "arguments.json" else "remove it, and --resume makes it anew") in error[0]
+    after = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert {path: after[path] for path in before if path.name != "arguments.json"} == {
+        path: text for path, text in before.items() if path.name != "arguments.json"
+    }
+
+
+@pytest.mark.parametrize("most", [100, 60_000])
+def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(data, finished, tmp_path, capsys, most):
+    """The kernel lets no file grow beyond `most` bytes: the options, or a checkpoint, find no room."""
+    folder, limits = tmp_path / "run", resource.getrlimit(resource.RLIMIT_FSIZE)
+    with redirect_stdout(io.StringIO()):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, limits[1]))
+        try:
+            assert main(options(data, folder, stage="teacher")) == 2
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        (error,) = capsys.readouterr().err.strip().splitlines()
+        assert str(folder) in error
+        assert "MB are free there). What is there is still good: make room, and --resume goes on." in error
+        assert [path.name for path in folder.rglob("*") if path.is_file()] == ["arguments.json"] * (most > 100)
+        resume = {"resume": "true"} if most > 100 else {}
+        assert main(options(data, folder, stage="teacher", **resume)) == 0
+    weights = [(run / "teacher" / "model.safetensors").read_bytes() for run in (folder, finished[0])]
+    assert weights[0] == weights[1]
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(data, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(options(data, tmp_path / "file" / "run")) == 2
+    (error,) = capsys.readouterr().err.strip().splitlines()
+    assert f"{tmp_path / 'file' / 'run'}" in error
+    assert "Not a directory" in error
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"teacher_lr": 1e30, "teacher_opt": "sgd"}, "teacher: the loss is no finite number any more at update"),
+        ({"search_weight_lr": 1e30}, "The search's gradients are not finite any more"),
+        (
+            {"search": "uniform", "lr": 1e30, "opt": "sgd"},
+            "uniform-bits-3: the loss is no finite number any more at update",
+        ),
+    ],
+)
+def test_a_learning_rate_that_explodes_is_one_line(data, tmp_path, capsys, changes, message):
+    short = {"teacher_epochs": 1, "target_bitops": None, "controls": "none", "ebr_weight": 0}
+    with redirect_stdout(io.StringIO()):
+        assert main(options(data, tmp_path / "run", **{**short, **changes})) == 2
+    (error,) = capsys.readouterr().err.strip().splitlines()
+    assert message in error
+    assert "take a lower one" in error
 
 
 def test_resuming_with_other_options_is_refused_and_a_strange_folder_left_alone(data, finished, tmp_path, capsys):

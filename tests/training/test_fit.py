@@ -1,25 +1,34 @@
 """The training loop against a plain loop in torch, optimizer groups, losses and schedules against formulas."""
 
 import copy
+import json
 import math
+import resource
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from torch import nn
 from torch.utils.data import DataLoader
 
 from sdq_hf import SDQForImageClassification
+from sdq_hf.training.checkpoints import DamagedError
+from sdq_hf.training.data import load_image_data
 from sdq_hf.training.evaluation import evaluate
 from sdq_hf.training.fit import fit
-from sdq_hf.training.losses import distillation, kl_divergence, ramp, total_bin_regularization
+from sdq_hf.training.interrupt import Interrupt, Interrupted
+from sdq_hf.training.loaders import build_loaders
+from sdq_hf.training.losses import DivergedError, distillation, kl_divergence, ramp, total_bin_regularization
 from sdq_hf.training.optim import (
     OptimizerArguments,
     create_optimizer,
     create_scheduler,
     parameter_groups,
 )
+from sdq_hf.writing import WriteError
 
 BATCH, CLASSES = 8, 3
 
@@ -195,6 +204,151 @@ def test_moving_average_is_the_formula(tmp_path):
         decay = min(0.6, 1 - (1 + step) ** (-2 / 3))
         average = {key: average[key] * decay + value * (1 - decay) for key, value in state.items()}
     same(model, average)
+
+
+class Stop(Interrupt):
+    """Asks for a stop at its `at`-th question."""
+
+    def __init__(self, at):
+        super().__init__()
+        self.at, self.asked = at, 0
+
+    def requested(self, accelerator):
+        self.asked += 1
+        return self.asked == self.at
+
+
+def restartable(tmp_path):
+    """A function that trains a network with dropout on small images, and gives its state dict and history."""
+    images = np.random.default_rng(0).integers(0, 256, (80, 8, 8), dtype=np.uint8)
+    features = Features({"image": Image(), "label": ClassLabel(names=["a", "b", "c"])})
+    labels = {"label": [i % 3 for i in range(80)]}
+    source = Dataset.from_dict({"image": list(images), **labels}, features=features)
+    DatasetDict({"train": source}).save_to_disk(tmp_path / "data")
+    data = load_image_data(str(tmp_path / "data"))
+    config = {"input_size": (1, 8, 8), "mean": (0.3,), "std": (0.4,), "crop_pct": 1.0}
+    accelerator = Accelerator(cpu=True)
+
+    def train(folder, **options):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Dropout(0.5), nn.Linear(16, 3))
+        prepared = {k: accelerator.prepare(v) for k, v in build_loaders(data, config, batch_size=BATCH).items()}
+        state = fit(model, cross_entropy, prepared, RECIPE, accelerator, folder, eval_metric="top1", **options)
+        return model.state_dict(), state.history
+
+    return train
+
+
+def test_a_training_stopped_within_an_epoch_equals_the_whole_one_with_dropout_and_in_what_it_logs(tmp_path):
+    train = restartable(tmp_path)
+    whole, history = train(tmp_path / "whole")
+    # Eight updates an epoch: the fourth update of the first epoch, and the second of the second.
+    for at in (4, 6):
+        with pytest.raises(Interrupted):
+            train(tmp_path / "parts", resume=at == 6, interrupt=Stop(at))
+    parts, again = train(tmp_path / "parts", resume=True)
+    assert again == history
+    assert all(torch.equal(value, parts[key]) for key, value in whole.items())
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("model.safetensors", "cut"),
+        ("optimizer.bin", "flipped"),
+        ("random_states_0.pkl", "missing"),
+        ("best.safetensors", "flipped"),
+        ("state.json", "cut"),
+        ("state.json", "missing"),
+    ],
+)
+def test_the_checkpoint_before_takes_the_place_of_a_damaged_one(tmp_path, capsys, file, damage):
+    train = restartable(tmp_path)
+    whole = train(tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        train(tmp_path / "parts", interrupt=Stop(12), save_steps=2)
+    kept = sorted(path.name for path in (tmp_path / "parts").glob("checkpoint*"))
+    assert kept == ["checkpoint-10", "checkpoint-12"]
+    spoil(tmp_path / "parts" / "checkpoint-12" / file, damage)
+    capsys.readouterr()
+    assert_same(train(tmp_path / "parts", resume=True), whole)
+    printed = capsys.readouterr().out
+    assert file in printed
+    assert "going on from the checkpoint before" in printed
+    assert "goes on from update 10 of" in printed
+
+
+def spoil(path, damage):
+    data = bytearray(path.read_bytes())
+    if damage == "missing":
+        path.unlink()
+    elif damage == "cut":
+        path.write_bytes(data[: len(data) // 2])
+    else:
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+
+
+def assert_same(parts, whole):
+    assert parts[1] == whole[1]
+    assert all(torch.equal(value, parts[0][key]) for key, value in whole[0].items())
+
+
+def test_without_a_whole_checkpoint_the_damaged_files_are_named(tmp_path):
+    train = restartable(tmp_path)
+    with pytest.raises(Interrupted):
+        train(tmp_path / "parts", interrupt=Stop(5), save_steps=2, save_total_limit=1)
+    (kept,) = (tmp_path / "parts").glob("checkpoint*")
+    spoil(kept / "optimizer.bin", "flipped")
+    with pytest.raises(
+        DamagedError, match=r"optimizer.bin is damaged, and no other checkpoint is whole: remove "
+    ) as caught:
+        train(tmp_path / "parts", resume=True)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_of_other_processes_is_refused(tmp_path):
+    train = restartable(tmp_path)
+    with pytest.raises(Interrupted):
+        train(tmp_path / "parts", interrupt=Stop(5))
+    (state,) = tmp_path.glob("parts/checkpoint*/state.json")
+    state.write_text(json.dumps({**json.loads(state.read_text()), "processes": 3}))
+    with pytest.raises(DamagedError, match="written by 3 processes, and this run has 1"):
+        train(tmp_path / "parts", resume=True)
+
+
+def test_a_checkpoint_that_finds_no_room_leaves_the_one_before(tmp_path):
+    train = restartable(tmp_path)
+    whole = train(tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        train(tmp_path / "parts", interrupt=Stop(4))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))
+    try:
+        with pytest.raises(WriteError, match=r"checkpoint.new cannot be written: .* MB are free there"):
+            train(tmp_path / "parts", resume=True, interrupt=Stop(3))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in (tmp_path / "parts").iterdir()] == ["checkpoint-4"]
+    assert_same(train(tmp_path / "parts", resume=True), whole)
+
+
+@pytest.mark.parametrize("when", ["at once", "late", "validation"])
+def test_a_loss_that_is_not_finite_ends_the_training_in_one_line(tmp_path, when):
+    accelerator, prepared = Accelerator(cpu=True), loaders(Accelerator(cpu=True))
+    model, recipe = network(), OptimizerArguments(**{**vars(RECIPE), "lr": 1e30 if when == "at once" else 0.1})
+    if when == "validation":
+        prepared["validation"].dataset.x[3] = math.inf
+
+    def loss(model, images, labels, progress):
+        return F.cross_entropy(model(images), labels) * (math.nan if when == "late" and progress > 0.7 else 1)
+
+    with pytest.raises(DivergedError, match=r"train: the .*loss is no finite number any more at update") as caught:
+        fit(model, loss, prepared, recipe, accelerator, tmp_path / "fit")
+    assert "\n" not in str(caught.value)
+    assert ("validation" in str(caught.value)) == (when == "validation")
+    # What was saved before it is still there, and still good.
+    assert (tmp_path / "fit" / "checkpoint-10").exists() == (when == "late")
 
 
 @pytest.fixture(scope="module")
