@@ -45,3 +45,6 @@ def set_floors(module: nn.Module, values: Mapping[str, Any]) -> None:
         quantizer = module.get_submodule(name)
         assert isinstance(quantizer, KeepsPositive)
         quantizer._least = None if value is None else torch.tensor(value)
+        if value is not None:
+            # An optimizer may have left it below zero, where a step that is loaded counts as not fitted.
+            quantizer.keep_positive(next(quantizer.parameters()))

@@ -398,6 +398,34 @@ def test_scales_stay_positive_whatever_the_optimizer_does(quantized, tmp_path, u
         assert parameter.item() == pytest.approx(expected)
 
 
+def test_least_scales_are_those_of_the_whole_training_after_a_resume(quantized, tmp_path):
+    """Steps so long that the optimizer takes scales to their least values, which stay a hundredth of the fitted ones."""
+    accelerator, generator = Accelerator(cpu=True), torch.Generator().manual_seed(0)
+    rows = [
+        {"pixel_values": torch.randn(quantized.config.input_size, generator=generator), "labels": torch.tensor(i % 4)}
+        for i in range(24)
+    ]
+    prepared = {name: accelerator.prepare(DataLoader(rows, batch_size=4)) for name in ("train", "validation")}
+    recipe = OptimizerArguments(epochs=1, opt="adamw", lr=0.02, warmup_epochs=0)
+
+    def loss(model, images, labels, progress):
+        return F.cross_entropy(model(pixel_values=images).logits, labels)
+
+    def train(folder, **options):
+        model = copy.deepcopy(quantized)
+        fit(model, loss, prepared, recipe, accelerator, folder, eval_metric="loss", **options)
+        return model
+
+    whole = train(tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        train(tmp_path / "parts", interrupt=Stop(3))
+    parts = train(tmp_path / "parts", resume=True)
+    scales = {n: p.item() for n, p in whole.named_parameters() if n.endswith((".scale", ".step"))}
+    fitted = dict(quantized.named_parameters())
+    assert any(value == pytest.approx(0.01 * fitted[n].item(), rel=1e-5) for n, value in scales.items())
+    assert all(torch.equal(value, parts.state_dict()[key]) for key, value in whole.state_dict().items())
+
+
 def test_cosine_with_warm_up_keeps_the_ratio_of_the_rates(quantized):
     options = OptimizerArguments(epochs=10, lr=0.1, warmup_epochs=1, scale_lr=0.1)
     optimizer = create_optimizer(quantized, options)
