@@ -27,6 +27,8 @@ def test_unpacking_in_parts_gives_every_code_its_place(bits, monkeypatch):
 
 def test_codes_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="do not fit in 2 bits"):
-        pack(torch.tensor([4]), 2)
+        pack(torch.tensor([4, 0]), 2)
+    with pytest.raises(ValueError, match=r"-1\.\.3 do not fit in 2 bits"):
+        pack(torch.tensor([3, -1]), 2)
     with pytest.raises(ValueError, match="take 2 bytes"):
         unpack(torch.zeros(3, dtype=torch.uint8), 4, 4)

@@ -1,0 +1,217 @@
+"""Break each formula of the mathematical core in turn, and list what no test notices.
+
+    python scripts/mutate.py --out docs/benchmarks/mutants.json
+    python scripts/mutate.py --modules packing quantizers/grids --sample 40
+
+A mutant is a module with one change: + and - swapped, * and /, < and <=, min and max, `and` and `or`, a constant off by one,
+a `detach` or a `not` dropped. Each runs the tests of its module in a fork of one process that has imported all libraries. A
+mutant whose tests take longer than --seconds counts as noticed: its loop no longer ends.
+"""
+
+import argparse
+import ast
+import copy
+import importlib
+import json
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from importlib.machinery import SourceFileLoader
+from importlib.metadata import version
+from pathlib import Path
+from types import CodeType
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# The tests of test_search.py that train no network.
+_UNITS = "not search and not resumed and not planted and not follow and not trained and not drawn and not wrong"
+MODULES: dict[str, list[str]] = {
+    "packing": ["tests/test_packing.py", "tests/test_properties.py"],
+    "costs": ["tests/test_costs.py", "tests/test_properties.py"],
+    "strategy": ["tests/test_costs.py", "tests/test_properties.py", "tests/test_cli.py"],
+    "quantizers/grids": ["tests/quantizers/test_weight.py", "tests/test_properties.py"],
+    "quantizers/weight": ["tests/quantizers/test_weight.py", "tests/test_properties.py"],
+    "quantizers/bins": ["tests/quantizers/test_weight.py"],
+    "quantizers/activation": ["tests/quantizers/test_activation.py"],
+    "quantizers/stochastic": ["tests/quantizers/test_stochastic.py"],
+    "search/descent": ["tests/search/test_search.py", "tests/test_costs.py", "tests/test_properties.py", "-k", _UNITS],
+    "search/updates": ["tests/search/test_search.py", "-k", _UNITS],
+}
+# Mutants that compute the same, by module and change: why.
+EQUIVALENT: dict[tuple[str, str], str] = {}
+
+_SWAPS: dict[type[ast.AST], type[ast.AST]] = {
+    ast.Add: ast.Sub,
+    ast.Sub: ast.Add,
+    ast.Mult: ast.Div,
+    ast.Div: ast.Mult,
+    ast.FloorDiv: ast.Mult,
+    ast.Mod: ast.Mult,
+    ast.Pow: ast.Mult,
+    ast.LShift: ast.RShift,
+    ast.RShift: ast.LShift,
+    ast.Lt: ast.LtE,
+    ast.LtE: ast.Lt,
+    ast.Gt: ast.GtE,
+    ast.GtE: ast.Gt,
+    ast.Eq: ast.NotEq,
+    ast.NotEq: ast.Eq,
+    ast.And: ast.Or,
+    ast.Or: ast.And,
+}
+_NAMES = {"min": "max", "max": "min", "clamp_min": "clamp_max", "any": "all", "all": "any"}
+_SKIPPED = (ast.JoinedStr, ast.Raise, ast.Import, ast.ImportFrom, ast.Assert)
+
+
+def mutants(source: str) -> Iterator[tuple[str, ast.Module]]:
+    """(what was changed, changed module) of every change of `source`, one at a time."""
+    tree = ast.parse(source)
+    for place, node in enumerate(_nodes(tree)):
+        for kind in _changes(node):
+            changed = copy.deepcopy(tree)
+            before = ast.unparse(node)
+            found = list(_nodes(changed))[place]
+            _change(found, kind)
+            after = ast.unparse(found)
+            name = f"line {getattr(node, 'lineno', 0)}: {before} -> {after}"
+            yield name, ast.fix_missing_locations(changed)
+
+
+def _nodes(node: ast.AST) -> Iterator[ast.AST]:
+    """The nodes that compute: no annotations, messages or docstrings."""
+    for field, value in ast.iter_fields(node):
+        if field in ("annotation", "returns", "decorator_list"):
+            continue
+        for child in value if isinstance(value, list) else [value]:
+            if not isinstance(child, ast.AST) or isinstance(child, _SKIPPED):
+                continue
+            if isinstance(child, ast.Expr) and isinstance(child.value, ast.Constant):
+                continue
+            yield child
+            yield from _nodes(child)
+
+
+def _changes(node: ast.AST) -> list[str]:
+    operator = getattr(node, "op", None)
+    if isinstance(node, ast.BinOp | ast.BoolOp | ast.AugAssign) and type(operator) in _SWAPS:
+        return ["op"]
+    if isinstance(node, ast.Compare) and len(node.ops) == 1 and type(node.ops[0]) in _SWAPS:
+        return ["ops"]
+    if isinstance(node, ast.UnaryOp) and isinstance(operator, ast.Not | ast.USub):
+        return ["unary"]
+    if isinstance(node, ast.Constant) and isinstance(node.value, int | float) and not isinstance(node.value, bool):
+        return ["constant"]
+    if isinstance(node, ast.Call):
+        called = node.func
+        name = called.attr if isinstance(called, ast.Attribute) else getattr(called, "id", "")
+        return ["name"] if name in _NAMES else ["detach"] if name == "detach" else []
+    return []
+
+
+def _change(node: Any, kind: str) -> None:
+    if kind == "op":
+        node.op = _SWAPS[type(node.op)]()
+    elif kind == "ops":
+        node.ops = [_SWAPS[type(node.ops[0])]()]
+    elif kind == "constant":
+        node.value = node.value + 1
+    elif kind == "unary":
+        # `not x` -> `not not x`, `-x` -> `+x`.
+        node.operand = ast.UnaryOp(ast.Not(), node.operand) if isinstance(node.op, ast.Not) else node.operand
+        node.op = ast.Not() if isinstance(node.op, ast.Not) else ast.UAdd()
+    elif kind == "name":
+        called = node.func
+        field = "attr" if isinstance(called, ast.Attribute) else "id"
+        setattr(called, field, _NAMES[getattr(called, field)])
+    elif kind == "detach":
+        # x.detach() -> x.view_as(x), in which the gradient stays.
+        node.func.attr, node.args = "view_as", [node.func.value]
+
+
+def survives(path: Path, tree: ast.Module | None, tests: list[str], seconds: float) -> bool:
+    """Whether the tests pass with `tree` in the place of the module at `path` (None: as it is), in a fork."""
+    child = os.fork()
+    if child == 0:
+        os.setpgid(0, 0)
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1)
+        os.dup2(null, 2)
+        _run(path, tree, tests)
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status) == 0
+        time.sleep(0.02)
+    os.killpg(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return False
+
+
+def _run(path: Path, tree: ast.Module | None, tests: list[str]) -> None:
+    original = SourceFileLoader.get_code
+
+    def get_code(self: SourceFileLoader, fullname: str) -> CodeType | None:
+        if tree is not None and Path(self.path).resolve() == path:
+            return compile(tree, str(path), "exec")
+        return original(self, fullname)
+
+    SourceFileLoader.get_code = get_code  # type: ignore[method-assign, assignment]
+    # Plugins of pytest that the libraries have imported already.
+    options = ["-x", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
+    code = 1
+    try:
+        code = int(pytest.main([*options, *tests]))
+    finally:
+        os._exit(code)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--modules", nargs="+", choices=MODULES, default=list(MODULES))
+    parser.add_argument("--sample", type=int, help="so many mutants of each module, at random (seed 0); default: all")
+    parser.add_argument("--seconds", type=float, default=120, help="for the tests of one mutant")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    os.chdir(ROOT)
+    sys.path.insert(0, str(ROOT))
+    # Imported once, by all forks; the package itself is imported by each.
+    for name in ("torch", "torchvision", "timm", "transformers", "accelerate", "datasets", "scipy"):
+        importlib.import_module(name)
+    result: dict[str, Any] = {"command": " ".join(["python", "scripts/mutate.py", *sys.argv[1:]]), "modules": {}}
+    result["versions"] = {name: version(name) for name in ("torch", "pytest", "hypothesis")}
+    for module in options.modules:
+        path = (ROOT / "sdq_hf" / f"{module}.py").resolve()
+        tests = [test for test in MODULES[module] if not test.endswith(".py") or (ROOT / test).exists()]
+        if not survives(path, None, tests, 10 * options.seconds):
+            raise SystemExit(f"{module}: its tests fail without any change.")
+        found = list(mutants(path.read_text()))
+        chosen = found
+        if options.sample is not None and options.sample < len(found):
+            chosen = random.Random(0).sample(found, options.sample)
+        left = [name for name, tree in chosen if survives(path, tree, tests, options.seconds)]
+        known = {name: EQUIVALENT[module, name] for name in left if (module, name) in EQUIVALENT}
+        survived = [name for name in left if name not in known]
+        result["modules"][module] = {
+            "mutants": len(found),
+            "tried": len(chosen),
+            "equivalent": known,
+            "survived": survived,
+        }
+        print(
+            f"{module}: {len(chosen)} of {len(found)} mutants, {len(survived)} survived",
+            *survived,
+            sep="\n  ",
+            flush=True,
+        )
+        if options.out:
+            options.out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""mutate.py makes every change it announces, one at a time, and tells a test that notices from one that does not."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "mutate.py"
+spec = importlib.util.spec_from_file_location("mutate", SCRIPT)
+mutate = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(mutate)
+
+
+def results(source, *arguments):
+    found = {}
+    for name, tree in mutate.mutants(source):
+        scope = {}
+        exec(compile(tree, "mutant", "exec"), scope)
+        found[name.split(": ", 1)[1]] = scope["f"](*arguments)
+    return found
+
+
+def test_each_mutant_has_one_change():
+    source = 'def f(a: int = 0, b=5):\n    """1 + 1."""\n    assert a > 0, "2 + 2"\n    return a + b * max(a, 2)\n'
+    assert results(source, 3, 4) == {
+        "0 -> 1": 15,
+        "5 -> 6": 15,
+        "a + b * max(a, 2) -> a - b * max(a, 2)": -9,
+        "b * max(a, 2) -> b / max(a, 2)": 3 + 4 / 3,
+        "max(a, 2) -> min(a, 2)": 11,
+        "2 -> 3": 15,
+    }
+    source = "def f(a, b):\n    return not a < b and -a\n"
+    assert results(source, 3, 3) == {
+        "not a < b and -a -> not a < b or -a": True,
+        "not a < b -> not not a < b": False,
+        "a < b -> a <= b": False,
+        "-a -> +a": 3,
+    }
+
+
+@pytest.mark.parametrize("module", mutate.MODULES)
+def test_modules_and_their_tests_are_there(module):
+    root = SCRIPT.parents[1]
+    assert (root / "sdq_hf" / f"{module}.py").is_file()
+    assert all((root / test).is_file() for test in mutate.MODULES[module] if test.endswith(".py"))
