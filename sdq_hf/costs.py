@@ -38,9 +38,13 @@ class Cost:
         """The sum; `ValueError` that names the layer where a table lacks one."""
         return sum(self._of(name, layer) for name, layer in strategy.items()) / self.per(strategy) + self.fixed
 
-    def of_layer(self, strategy: Strategy, name: str, bits: int | None = None) -> float:
-        """What layer `name` of `strategy` costs, or would cost at `bits`."""
-        layer = strategy[name] if bits is None else replace(strategy[name], weight_bits=bits)
+    def of_layer(
+        self, strategy: Strategy, name: str, bits: int | None = None, activation_bits: int | None = None
+    ) -> float:
+        """What layer `name` of `strategy` costs, or would cost at other bits."""
+        layer = strategy[name]
+        layer = layer if bits is None else replace(layer, weight_bits=bits)
+        layer = layer if activation_bits is None else replace(layer, activation_bits=activation_bits)
         return self._of(name, layer) / self.per(strategy)
 
     def _of(self, name: str, layer: LayerBits) -> float:

@@ -24,7 +24,8 @@ PACKED = "weight_packed"
 class QuantizedLayer(nn.Module):
     """Mixin of a layer with a weight quantizer and an input quantizer.
 
-    `weight_source`, when set, replaces the weight quantizer: the search puts its stochastic weights there.
+    `weight_source` and `input_source`, when set, replace the quantizers: the search puts its stochastic weights and inputs
+    there.
     `enabled` False makes the layer the float layer it was. `has_float_weight`: only inputs are quantized, as in a
     dequantized model; there is no `weight_quantizer` then.
     """
@@ -34,6 +35,7 @@ class QuantizedLayer(nn.Module):
     weight_quantizer: WeightQuantizer
     input_quantizer: ActivationQuantizer | None
     weight_source: Callable[[Tensor], Tensor] | None
+    input_source: Callable[[Tensor], Tensor] | None
     enabled: bool
     has_float_weight: bool
 
@@ -63,7 +65,9 @@ class QuantizedLayer(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.enabled and self.input_quantizer is not None:
+        if self.enabled and self.input_source is not None:
+            x = self.input_source(x)
+        elif self.enabled and self.input_quantizer is not None:
             x = self.input_quantizer(x)
             if self.input_quantizer.compact and torch.is_grad_enabled():
                 with self.input_quantizer.saved_as_codes(x):
@@ -139,7 +143,8 @@ def attach(module: nn.Module, name: str, bits: LayerBits, form: str, grid: str) 
     module.__class__ = cast(Any, _SUBCLASSES[type(module)])
     layer = cast(QuantizedLayer, module)
     device = layer.weight.device
-    layer.weight_source, layer.enabled, layer.has_float_weight = None, True, bits.weight_bits == FLOAT_BITS
+    layer.weight_source, layer.input_source, layer.enabled = None, None, True
+    layer.has_float_weight = bits.weight_bits == FLOAT_BITS
     has_input = bits.activation_bits != FLOAT_BITS
     layer.input_quantizer = ActivationQuantizer(bits.activation_bits).to(device) if has_input else None
     if layer.has_float_weight:

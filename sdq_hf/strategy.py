@@ -146,6 +146,16 @@ class Strategy(Mapping[str, LayerBits]):
 
         return Strategy(tuple((name, changed(name, layer)) for name, layer in self.layers))
 
+    def with_activation_bits(self, bits: Mapping[str, int]) -> "Strategy":
+        """A copy with other bits of inputs: layer name -> bits. Errors as in `with_bits`."""
+        names = [name for name, _ in self.layers]
+        for name in bits:
+            if name not in names:
+                raise KeyError(unknown_layer(name, names))
+        return Strategy(
+            tuple((name, replace(x, activation_bits=bits.get(name, x.activation_bits))) for name, x in self.layers)
+        )
+
     # Costs -------------------------------------------------------------------------------------------------------
 
     def _counted(self, include_pinned: bool) -> list[LayerBits]:

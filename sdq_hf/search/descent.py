@@ -58,12 +58,27 @@ class Descent:
         self.names = list(self.units)
         # Layers that are searched.
         self.layers = list(dict.fromkeys(layer for unit in self.units.values() for layer in unit.layers))
+        # A layer's inputs, where their bits are searched too: what they cost depends on the bits of its weights.
+        self.inputs = {unit.layers[0]: name for name, unit in self.units.items() if unit.inputs}
         prices = {
             layer: {bits: cost.of_layer(strategy, layer, bits) for bits in self.candidates} for layer in self.layers
+        }
+        self._prices = {
+            layer: {
+                (bits, inputs): cost.of_layer(strategy, layer, bits, inputs)
+                for bits in self.candidates
+                for inputs in self.candidates
+            }
+            for layer in self.inputs
         }
         self.table: dict[str, dict[int, float]] = {}
         self._weights: dict[str, float] = {}
         for name, unit in self.units.items():
+            if unit.inputs:
+                top = self.candidates[-1]
+                self.table[name] = {bits: self._prices[unit.layers[0]][top, bits] for bits in self.candidates}
+                self._weights[name] = 0.0
+                continue
             channels = 1 if unit.channel is None else len(cast(tuple[int, ...], strategy[unit.layers[0]].weight_bits))
             self.table[name] = {
                 bits: sum(prices[layer][bits] for layer in unit.layers) / channels for bits in self.candidates
@@ -71,8 +86,13 @@ class Descent:
             self._weights[name] = sum(strategy[layer].num_weights for layer in unit.layers) / channels
         floor = self._floors(floors or {})
         self.ladder = {
-            name: self._ladder(name, max(floor[layer] for layer in unit.layers)) for name, unit in self.units.items()
+            name: self._ladder(name, self.candidates[0] if unit.inputs else max(floor[layer] for layer in unit.layers))
+            for name, unit in self.units.items()
         }
+        if self.inputs and all(len(self.ladder[name]) == 1 for name in self.inputs.values()):
+            raise ValueError(
+                f"The bits of inputs cannot be searched for a budget in {cost.unit}, which does not count them."
+            )
         self.floor: Bits = {name: ladder[0] for name, ladder in self.ladder.items()}
         searched = set(self.layers)
         self.base = cost.fixed + sum(cost.of_layer(strategy, name) for name in strategy if name not in searched)
@@ -158,18 +178,30 @@ class Descent:
     def total(self, bits: Bits | None = None) -> float:
         """Cost of `bits` (default: the present ones), pinned layers included where the cost counts them."""
         bits = self.bits if bits is None else bits
-        return self.base + sum(self.table[name][b] for name, b in bits.items())
+        paired = self.inputs.keys() | self.inputs.values()
+        alone = sum(self.table[name][b] for name, b in bits.items() if name not in paired)
+        return self.base + alone + sum(self._prices[w][bits[w], bits[a]] for w, a in self.inputs.items())
+
+    def _change(self, bits: Bits, name: str, width: int) -> float:
+        """What the total of `bits` grows by when layer `name` goes to `width`."""
+        layer = self.units[name].layers[0]
+        if layer not in self.inputs:
+            return self.table[name][width] - self.table[name][bits[name]]
+        weights, inputs = (bits[layer], width) if self.units[name].inputs else (width, bits[self.inputs[layer]])
+        return self._prices[layer][weights, inputs] - self._prices[layer][bits[layer], bits[self.inputs[layer]]]
 
     def average_bits(self) -> float:
         """Average bits of the searchable layers at present, whatever the cost is."""
         return sum(self._weights[name] * bits for name, bits in self.bits.items()) / sum(self._weights.values())
 
     def layer_bits(self, bits: Bits) -> dict[str, int | tuple[int, ...]]:
-        """Layer -> its bits, one for each output channel where channels are units. `bits` may name some units only."""
+        """Layer -> bits of its weights, or a tuple of those of its output channels. `bits` may name some units only."""
         found: dict[str, int | tuple[int, ...]] = {}
         channels: dict[str, list[int]] = {}
         for name, width in bits.items():
             unit = self.units[name]
+            if unit.inputs:
+                continue
             if unit.channel is None:
                 found.update(dict.fromkeys(unit.layers, width))
             else:
@@ -178,7 +210,8 @@ class Descent:
 
     def strategy(self, bits: Bits) -> Strategy:
         """The strategy with `bits`, all else as it was at the start."""
-        return self._strategy.with_bits(self.layer_bits(bits))
+        inputs = {self.units[name].layers[0]: width for name, width in bits.items() if self.units[name].inputs}
+        return self._strategy.with_bits(self.layer_bits(bits)).with_activation_bits(inputs)
 
     def rungs(self, name: str) -> list[int]:
         """A layer's ladder from its floor up to its start."""
@@ -193,7 +226,7 @@ class Descent:
         """Cost that the layer's next step down saves."""
         lower = self.next_bits(name)
         assert lower is not None
-        return self.table[name][self.bits[name]] - self.table[name][lower]
+        return -self._change(self.bits, name, lower)
 
     @property
     def movable(self) -> list[str]:
@@ -279,7 +312,7 @@ class Descent:
                 if name == fixed or rung not in self.damage[name]:
                     continue
                 upper = self.ladder[name][self.ladder[name].index(rung) + 1]
-                if self.table[name][upper] - self.table[name][rung] <= slack:
+                if self._change(bits, name, upper) <= slack:
                     options.append((self.damage[name][rung], name, upper))
             if not options:
                 return bits

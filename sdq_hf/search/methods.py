@@ -18,7 +18,7 @@ from .rules import greedy, random, size, uniform
 from .sdq import paper, two_sided
 from .sensitivity import clado, hawq, table
 from .task import Batch, SearchLog, SearchState, Task
-from .units import units_of
+from .units import input_units, units_of
 from .updates import Paper, TwoSided
 
 METHODS: dict[str, Callable[..., list[Strategy]]] = {
@@ -52,6 +52,7 @@ def search(
     seed: int = 0,
     start_bits: int | None = None,
     floors: Mapping[str, int] | None = None,
+    search_activations: bool = False,
     weight_lr: float = 3e-4,
     max_batches: int = 100_000,
     log: SearchLog | None = None,
@@ -83,7 +84,11 @@ def search(
         seed: of the draws. They depend on it and on the batch's number alone, so all ranks of a distributed run agree.
         start_bits: rung where all layers start, and the most bits that a layer gets; default 6, or the lowest that is
             above every budget. Only "uniform" goes above it.
-        floors: pattern of layer names -> fewest bits.
+        floors: pattern of layer names -> fewest bits of weights.
+        search_activations: also find the bits of the inputs of the searched layers, in the same descent and from the same
+            candidates; for SDQ's methods, granularity "layer", and a cost in which inputs count. Inputs that are not rounded
+            stay so. A search with the same budgets of BitOPs that leaves inputs at 4 bits is not always worse: see
+            docs/results.md.
         weight_lr: learning rate (AdamW) at which the weights follow the search, as in the paper's first phase, so that
             damage is measured in a network that has adapted to its bits; 0 keeps them frozen. For SDQ, fracbits and edmips.
         max_batches: gives up after so many, with a `BudgetError` that says how far it came.
@@ -102,8 +107,10 @@ def search(
     check_options(method, options)
     cost = get_cost(cost)
     granularity = model.config.granularity
-    check_granularity(method, granularity)
+    check_granularity(method, granularity, search_activations)
     units = units_of(model.timm_model, model.strategy, granularity)
+    if search_activations:
+        units |= input_units(model.strategy)
     descent = Descent(model.strategy, cost, budgets, model.config.candidates, start_bits, floors, units)
     log = SearchLog() if log is None else log
     log.cost, log.unit, log.method = cost.name, cost.unit, method
@@ -145,10 +152,15 @@ def check_options(method: str, options: Mapping[str, Any]) -> None:
             raise TypeError(f"The method {method!r}: {option} must be {kind}, such as {default!r}, got {value!r}.")
 
 
-def check_granularity(method: str, granularity: str) -> None:
-    """`ValueError` for a method whose work grows with the number of choices, where each output channel has its own."""
+def check_granularity(method: str, granularity: str, search_activations: bool = False) -> None:
+    """`ValueError` for a method that does not search `granularity`, or bits of inputs."""
     if granularity == "kernel" and method not in KERNEL_METHODS:
         raise ValueError(
             f"The method {method!r} does not search granularity 'kernel', which has too many choices for it; "
             f"{', '.join(KERNEL_METHODS)} do."
+        )
+    if search_activations and (method not in SDQ_METHODS or granularity != "layer"):
+        raise ValueError(
+            f"search_activations is for the methods {' and '.join(SDQ_METHODS)} and granularity 'layer', got {method!r} and "
+            f"{granularity!r}."
         )

@@ -14,6 +14,7 @@ from ..training.optim import OptimizerArguments, create_optimizer
 from .agreement import check_agreement, weights_digest
 from .descent import BudgetError
 from .errors import quantization_errors
+from .stochastic_inputs import StochasticInputs
 from .stochastic_weights import StochasticWeights, searching
 from .task import SearchState, Task, distillation_loss
 from .updates import Paper, TwoSided
@@ -48,7 +49,7 @@ def _descend(task: Task, update: TwoSided | Paper) -> list[Strategy]:
     else:
         task.calibrate()
     teacher = task.float_network()
-    weights = StochasticWeights(model, descent, trained=trained)
+    weights, inputs = StochasticWeights(model, descent, trained=trained), StochasticInputs(model, descent)
     try:
         with searching(model, trained=trained) as parameters:
             training = Training(task, parameters)
@@ -59,6 +60,8 @@ def _descend(task: Task, update: TwoSided | Paper) -> list[Strategy]:
                 set_floors(model, resume_from["floors"])
             saved = {key.removeprefix("scales."): value for key, value in tensors.items() if key.startswith("scales.")}
             weights.start(saved)
+            kept = {key.removeprefix("inputs."): value for key, value in tensors.items() if key.startswith("inputs.")}
+            inputs.start(kept or task.input_steps())
 
             def state_dict() -> dict[str, Any]:
                 state = {
@@ -70,9 +73,12 @@ def _descend(task: Task, update: TwoSided | Paper) -> list[Strategy]:
                     "backward_images": log.backward_images,
                     "floors": floors(model),
                 }
+                steps = {f"inputs.{name}": value for name, value in inputs.steps.items()}
                 if trained:
                     scales = {f"scales.{name}": value for name, value in weights.scales().items()}
-                    state["tensors"] = {**training.tensors(), **scales}
+                    state["tensors"] = {**training.tensors(), **scales, **steps}
+                elif steps:
+                    state["tensors"] = steps
                 return state
 
             # Batches that share one draw and one update, as in the training loop.
@@ -94,13 +100,14 @@ def _descend(task: Task, update: TwoSided | Paper) -> list[Strategy]:
                         "the paper's method."
                     )
                 weights.choose(drawn)
+                inputs.choose(drawn)
                 mean_loss, count = torch.zeros((), device=model.device), 0
                 for _ in range(accumulated):
                     images = next(batches)["pixel_values"].to(model.device)
                     loss = distillation_loss(model, teacher, images, accelerator) / accumulated
                     (loss * training.scale).backward()
                     mean_loss, count = mean_loss + loss.detach(), count + len(images)
-                gradients = weights.gradients() / training.scale
+                gradients = torch.cat([weights.gradients(), inputs.gradients()]) / training.scale
                 gradients = cast(Tensor, accelerator.reduce(gradients, reduction="mean"))
                 values = dict(zip(descent.names, gradients.tolist(), strict=True))
                 if training.step(mean_loss, math.isfinite(sum(values.values()))):
@@ -112,7 +119,7 @@ def _descend(task: Task, update: TwoSided | Paper) -> list[Strategy]:
                         break
                     moved = move.layer
                     task.move(step, moved, move.damage, move.error)
-                    weights.step_down(moved)
+                    (inputs if descent.units[moved].inputs else weights).step_down(moved)
                     update.reset(moved)
                 if step % log.every == 0:
                     log.estimates.append(
@@ -131,6 +138,7 @@ def _descend(task: Task, update: TwoSided | Paper) -> list[Strategy]:
                     )
     finally:
         weights.clear()
+        inputs.clear()
     return descent.strategies()
 
 

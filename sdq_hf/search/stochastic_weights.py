@@ -95,6 +95,8 @@ class StochasticWeights:
         """Draw the weights of every layer. `scales`: those of a resumed search, as `scales()` gave them."""
         scales = {} if scales is None else scales
         for name, unit in self._descent.units.items():
+            if unit.inputs:
+                continue
             if unit.channel is None:
                 self._set(name, scales)
                 continue
@@ -129,6 +131,8 @@ class StochasticWeights:
         """Set the share of the upper bitwidth in each unit's weights, and forget the gradients of the batch before."""
         channels: dict[str, list[float]] = {}
         for name, unit in self._descent.units.items():
+            if unit.inputs:
+                continue
             if unit.channel is not None:
                 channels.setdefault(unit.layers[0], []).append(float(drawn[name]))
                 continue
@@ -140,13 +144,15 @@ class StochasticWeights:
             pair.gate.grad = None
 
     def gradients(self) -> Tensor:
-        """The loss's gradients to the DBPs, in the order of the descent's names (float32 [U]); 0 where nothing flowed."""
+        """The loss's gradients to the DBPs of weights, in the descent's order (float32 [U]); 0 where nothing flowed."""
         found = {name: _gradient(pair.gate) for name, pair in self._pairs.items()}
         units = self._descent.units
         if any(unit.channel is not None for unit in units.values()):
             # The units of a layer follow each other, in the order of its channels.
             return torch.cat(list(found.values()))
-        return torch.stack([torch.stack([found[layer] for layer in unit.layers]).sum() for unit in units.values()])
+        return torch.stack(
+            [torch.stack([found[layer] for layer in unit.layers]).sum() for unit in units.values() if not unit.inputs]
+        )
 
     def clear(self) -> None:
         for layer in self._layers.values():

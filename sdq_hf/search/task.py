@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,8 @@ from accelerate.utils import broadcast
 from torch import Tensor, nn
 
 from ..modeling_sdq import SDQForImageClassification
+from ..quantizers import ActivationQuantizer
+from ..quantizers.activation import best_step
 from ..training.evaluation import logits_of
 from ..training.loaders import Batch, endless
 from .descent import Descent
@@ -87,14 +89,44 @@ class Task:
         model = self.model
         if model.is_calibrated():
             return
-        # On a copy: changing the bits of a model fits its scales anew.
-        probe = copy.deepcopy(model)
-        probe.set_strategy(self.descent.strategy(self.descent.start))
+        probe = self._at_start()
         probe.calibrate(self.batches())
         pairs = zip(model.quantized_layers().values(), probe.quantized_layers().values(), strict=True)
         for layer, fitted in pairs:
             if layer.input_quantizer is not None and fitted.input_quantizer is not None:
                 layer.input_quantizer.load_state_dict(broadcast(dict(fitted.input_quantizer.state_dict())))
+
+    def _at_start(self) -> SDQForImageClassification:
+        """A copy of the model at the starting bits: changing the bits of a model fits its scales anew."""
+        probe = copy.deepcopy(self.model)
+        probe.set_strategy(self.descent.strategy(self.descent.start))
+        return probe
+
+    @torch.no_grad()
+    def input_steps(self) -> dict[str, Tensor]:
+        """Layer -> sign (0 or 1) of its inputs and their step at each candidate (float32 [1 + candidates]).
+
+        Of the layers whose inputs are searched, fitted to the first batches at the starting bits; all ranks take the first's.
+        """
+        if not self.descent.inputs:
+            return {}
+        probe, found = self._at_start(), dict[str, Tensor]()
+
+        def seen(name: str, quantizer: ActivationQuantizer) -> Callable[[nn.Module, Any], None]:
+            def look(module: nn.Module, inputs: Any) -> None:
+                signed = bool((inputs[0] < 0).any())
+                steps = [best_step(inputs[0], bits, signed) for bits in self.descent.candidates]
+                found[name] = torch.stack([torch.tensor(float(signed)).to(steps[0]), *steps])
+
+            return look
+
+        layers = probe.quantized_layers()
+        for name in self.descent.inputs:
+            quantizer = layers[name].input_quantizer
+            assert quantizer is not None
+            quantizer.register_forward_pre_hook(seen(name, quantizer))
+        probe.calibrate(self.batches())
+        return {name: cast(Tensor, broadcast(steps)) for name, steps in found.items()}
 
     def float_network(self) -> nn.Module:
         """The network whose outputs the search stays close to: the teacher, or the model itself as it is now, in float."""

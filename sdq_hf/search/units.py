@@ -13,15 +13,25 @@ from ..strategy import FLOAT_BITS, Strategy
 
 @dataclass(frozen=True)
 class Unit:
-    """Whole `layers`; or, with a number, output channel `channel` of one layer."""
+    """The weights of whole `layers`; or, with a number, output channel `channel` of one; or, with `inputs`, one's inputs."""
 
     layers: tuple[str, ...]
     channel: int | None = None
+    inputs: bool = False
 
 
 def layer_units(strategy: Strategy) -> dict[str, Unit]:
     """A unit of its own, by the same name, for each searchable layer of `strategy` whose weights are quantized."""
     return {name: Unit((name,)) for name in strategy.searchable if strategy[name].weight_bits != FLOAT_BITS}
+
+
+def input_units(strategy: Strategy) -> dict[str, Unit]:
+    """A unit for the inputs of each searchable layer that rounds them, called `layer1.0.conv1.input`."""
+    return {
+        f"{name}.input": Unit((name,), inputs=True)
+        for name in layer_units(strategy)
+        if strategy[name].activation_bits != FLOAT_BITS
+    }
 
 
 def units_of(network: nn.Module, strategy: Strategy, granularity: str) -> dict[str, Unit]:

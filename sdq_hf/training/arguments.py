@@ -112,6 +112,10 @@ class SearchArguments:
     )
     search_options: list[str] = _option([], "NAME=VALUE of the search method, e.g. caution=0.5; see its docstring.")
     controls: list[str] = _option(["uniform", "greedy"], "Rivals to compare with, or none.")
+    search_activations: bool = _option(
+        False,
+        "Also find the bits of inputs, for budgets in which they count, such as BitOPs; rivals keep --activation_bits.",
+    )
     start_bits: int | None = _option(None, "Bits at which all layers start; default 6 or above every budget.")
     floors: list[str] = _option([], "PATTERN=BITS: fewest bits of the layers that match.")
     search_batch_size: int | None = _option(None, "Images per batch and process of the search; default: --batch_size.")
@@ -369,11 +373,12 @@ def _check_methods(search: SearchArguments, granularity: str) -> None:
                 near = get_close_matches(name, known, n=1)
                 hint = f" (did you mean {near[0]}?)" if near else ""
                 raise ArgumentError(f"--{option} takes {', '.join(known)}, got {name!r}{hint}")
-    for name in (search.search, *search.controls):
-        try:
+    try:
+        check_granularity(search.search, granularity, search.search_activations)
+        for name in search.controls:
             check_granularity(name, granularity if name != "none" else "layer")
-        except ValueError as error:
-            raise ArgumentError(f"--granularity: {error}") from None
+    except ValueError as error:
+        raise ArgumentError(f"--granularity or --search_activations: {error}") from None
     try:
         check_options(search.search, values_by_name(search.search_options))
     except TypeError as error:

@@ -28,6 +28,7 @@ from ..layers import input_quantizers
 from ..modeling_sdq import SDQForImageClassification
 from ..search import SDQ_METHODS, SearchLog, SearchState, search
 from ..search.descent import Descent
+from ..search.units import input_units, layer_units
 from ..strategy import Strategy, bits_text
 from ..writing import remove, save_tensors, write_json, writing
 from .arguments import (
@@ -90,7 +91,9 @@ class Run:
         floors = bits_by_pattern(search.floors, "floors")
         for cost, targets in self._budgets():
             budgets = list(targets.values())
-            Descent(self.base.strategy, cost, budgets, self.base.config.candidates, search.start_bits, floors)
+            strategy = self.base.strategy
+            units = layer_units(strategy) | (input_units(strategy) if search.search_activations else {})
+            Descent(strategy, cost, budgets, self.base.config.candidates, search.start_bits, floors, units)
         if teacher is not None:
             network = create_backbone(
                 teacher, pretrained=False, num_classes=len(self.data.label_names), **self.model_args
@@ -412,6 +415,7 @@ class Run:
             seed=run.seed,
             start_bits=options.start_bits,
             floors=bits_by_pattern(options.floors, "floors"),
+            search_activations=options.search_activations and method == options.search,
             weight_lr=options.search_weight_lr,
             max_batches=options.max_search_batches,
             log=log,

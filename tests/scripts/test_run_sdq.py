@@ -320,6 +320,20 @@ def test_channels_may_have_bits_of_their_own(data, tmp_path):
         assert f"~{sum(bits) / len(bits):.2f}" in (folder / "models" / name / "README.md").read_text()
 
 
+def test_bits_of_inputs_may_be_searched_too(data, tmp_path):
+    changes = {"search_activations": "true", "candidates": "3 4 6", "target_bits": None, "target_bitops": 4}
+    folder = tmp_path / "run"
+    with redirect_stdout(io.StringIO()):
+        assert main(options(data, folder, teacher_epochs=1, epochs=1, controls="greedy", **changes)) == 0
+    rows, found = rows_of(folder), {}
+    for name in ("sdq-bitops-4", "greedy-bitops-4"):
+        model = SDQForImageClassification.from_pretrained(folder / "models" / name)
+        found[name] = {model.strategy[layer].activation_bits for layer in model.strategy.searchable}
+        assert rows[name]["bitops"] == model.strategy.bitops() <= rows[name]["budget"]
+    assert found["greedy-bitops-4"] == {4}
+    assert len(found["sdq-bitops-4"]) > 1
+
+
 @pytest.mark.parametrize(("kd", "learns"), [("false", True), ("true", False)])
 def test_without_distillation_labels_are_learned_whatever_the_teacher_says(data, tmp_path, kd, learns):
     """The teacher is not trained: who learns from it stays at chance, 25 %."""
@@ -501,7 +515,9 @@ def test_a_wrong_token_is_told_before_the_run(data, hub, tmp_path, capsys, monke
         ({"target_bits": 0.5}, "between 1 and 8"),
         ({"target_bitops": 11}, "out of reach"),
         ({"budgets": "bytes"}, "takes COST=VALUE"),
-        ({"granularity": "kernel", "controls": "hawq"}, "--granularity: The method 'hawq' does not search"),
+        ({"granularity": "kernel", "controls": "hawq"}, "The method 'hawq' does not search"),
+        ({"search_activations": "true"}, "a budget in average bits, which does not count them"),
+        ({"search_activations": "true", "search": "table"}, "is for the methods two_sided and paper"),
         ({"budgets": "bitop=3"}, "Did you mean 'bitops'"),
         ({"budgets": "lut=uniform"}, "takes COST=VALUE"),
         ({"budgets": "compression=90"}, "What binds most: layer3.0.conv2 (at least 1 bits"),
