@@ -127,7 +127,7 @@ def main() -> None:
     parser.add_argument("--peers", nargs="+", default=list(PEERS), choices=list(PEERS))
     parser.add_argument("--images", type=int, default=512, help="for calibration and the peers' sensitivities")
     parser.add_argument("--one", help=argparse.SUPPRESS)
-    parser.add_argument("--lrs", type=float, nargs="+", default=[3e-3, 1e-3, 3e-4])
+    parser.add_argument("--lrs", type=float, nargs="+", default=[3e-3, 1e-3, 3e-4, 1e-4])
     parser.set_defaults(activation_bits=8, epochs=2)
     options = parser.parse_args()
     if options.one:
