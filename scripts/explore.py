@@ -102,13 +102,19 @@ def describe(model: SDQForImageClassification, folder: Path) -> tuple[list[tuple
     ]
     table = pd.DataFrame(
         [
-            (n, bits_text(x.weight_bits), bits_text(x.activation_bits), x.num_weights, x.macs / 1e6, x.pinned)
+            (n, _number(x.weight_bits), _number(x.activation_bits), x.num_weights, x.macs / 1e6, x.pinned)
             for n, x in strategy.items()
         ],
         columns=["layer", "weight bits", "input bits", "weights", "MMACs", "pinned"],
     )
     table["pinned"] = table["pinned"].map({True: "yes", False: ""})
     return headline, table
+
+
+def _number(bits: int | tuple[int, ...]) -> int | str:
+    """Bits as a number, which the table sorts by, where they are one."""
+    text = bits_text(bits)
+    return int(text) if text.isdigit() else text
 
 
 def plots(model: SDQForImageClassification) -> tuple[Figure, Figure | None]:

@@ -40,6 +40,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--teacher_epochs", type=int, default=15)
     parser.add_argument("--epochs", type=float, default=4, help="of the fine-tune")
     parser.add_argument("--lr", type=float, default=3e-3, help="of the fine-tune, at its peak")
+    parser.add_argument("--weight_scale", choices=["layer", "channel"], default="layer")
     parser.add_argument("--search_batch_size", type=int, default=64)
     parser.add_argument("--max_search_batches", type=int, default=20_000)
     parser.add_argument("--max_train_samples", type=int)
@@ -100,6 +101,7 @@ def open_run(options: argparse.Namespace, seed: int, change: Callable[[nn.Module
     own = {
         "checkpoint": train_float(options, seed, options.teacher_epochs),
         "activation_bits": options.activation_bits,
+        "weight_scale": options.weight_scale,
         "search_batch_size": options.search_batch_size,
         "max_search_batches": options.max_search_batches,
         "lr": options.lr,

@@ -34,6 +34,8 @@ class SDQConfig(PretrainedConfig):
             "kernel": each output channel has its own, and a scale of its own; needs the weight quantizer "lsq".
         weight_quantizer (`str`): "lsq", "dorefa" (the paper's form) or "entropy".
         weight_grid (`str`): "midrise" or "twos_complement".
+        weight_scale (`str`): what has a scale of its own: a "layer", or each output "channel" (needs "lsq", and 4 bytes of
+            the file for each). Layers of granularity "kernel" have one for each channel always.
         activation_bits (`int`): bits of the inputs of all layers between the first and the last, 1 to 8, or 32 for float.
         first_last_bits (`int`): bits of weights and inputs of the first and last layer, 1 to 8, or 32 for float. Those
             layers are pinned (our interpretation of the paper).
@@ -54,6 +56,7 @@ class SDQConfig(PretrainedConfig):
         granularity: str = "layer",
         weight_quantizer: str = "lsq",
         weight_grid: str = "midrise",
+        weight_scale: str = "layer",
         activation_bits: int = 4,
         first_last_bits: int = 8,
         pins: dict[str, int] | None = None,
@@ -68,6 +71,7 @@ class SDQConfig(PretrainedConfig):
         self.granularity = granularity
         self.weight_quantizer = weight_quantizer
         self.weight_grid = weight_grid
+        self.weight_scale = weight_scale
         self.activation_bits = activation_bits
         self.first_last_bits = first_last_bits
         self.pins = {} if pins is None else pins
@@ -85,8 +89,10 @@ class SDQConfig(PretrainedConfig):
         _one_of("granularity", self.granularity, GRANULARITIES)
         _one_of("weight_quantizer", self.weight_quantizer, FORMS)
         _one_of("weight_grid", self.weight_grid, GRIDS)
-        if self.granularity == "kernel" and self.weight_quantizer != "lsq":
-            raise ValueError(f"granularity 'kernel' needs weight_quantizer 'lsq', got {self.weight_quantizer!r}.")
+        _one_of("weight_scale", self.weight_scale, ("layer", "channel"))
+        for field, value in (("granularity", "kernel"), ("weight_scale", "channel")):
+            if getattr(self, field) == value and self.weight_quantizer != "lsq":
+                raise ValueError(f"{field} {value!r} needs weight_quantizer 'lsq', got {self.weight_quantizer!r}.")
         _check_architecture(self.architecture)
         if self.base_model is not None and not isinstance(self.base_model, str):
             raise ValueError(f"base_model must be a Hub id, got {self.base_model!r}.")

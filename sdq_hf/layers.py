@@ -132,7 +132,7 @@ def own_forward(module: nn.Module) -> str | None:
     return f"is a {own}, whose forward SDQ does not know; it quantizes {known}."
 
 
-def attach(module: nn.Module, name: str, bits: LayerBits, form: str, grid: str) -> None:
+def attach(module: nn.Module, name: str, bits: LayerBits, form: str, grid: str, per_channel: bool = False) -> None:
     """Turn one conv or linear layer into its quantized subclass, in place.
 
     Raises `ValueError` with the layer's name when its class computes with its weight in a way of its own.
@@ -149,7 +149,8 @@ def attach(module: nn.Module, name: str, bits: LayerBits, form: str, grid: str) 
     layer.input_quantizer = ActivationQuantizer(bits.activation_bits).to(device) if has_input else None
     if layer.has_float_weight:
         return
-    layer.weight_quantizer = WeightQuantizer(form, grid, bits.weight_bits).to(device)
+    channels = layer.weight.shape[0] if per_channel or isinstance(bits.weight_bits, tuple) else None
+    layer.weight_quantizer = WeightQuantizer(form, grid, bits.weight_bits, channels).to(device)
     if not layer.weight.is_meta:
         layer.weight_quantizer.fit_scale(layer.weight)
 

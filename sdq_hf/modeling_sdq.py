@@ -158,7 +158,9 @@ class SDQForImageClassification(PackedFilesMixin):
     def _attach(self, strategy: Strategy) -> None:
         for name, module in quantizable_layers(self.timm_model).items():
             if not strategy[name].is_float:
-                attach(module, name, strategy[name], self.config.weight_quantizer, self.config.weight_grid)
+                config = self.config
+                per_channel = config.weight_scale == "channel"
+                attach(module, name, strategy[name], config.weight_quantizer, config.weight_grid, per_channel)
 
     # Bits --------------------------------------------------------------------------------------------------------
 

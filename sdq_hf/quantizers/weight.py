@@ -154,7 +154,7 @@ def channel_parts(
 ) -> list[tuple[Tensor, int, Tensor, Sequence[int] | None]]:
     """(weights, their bits, their scale, numbers of the channels) of each bitwidth; all of `w` where it has only one."""
     if isinstance(bits, int):
-        return [(w, bits, scale, None)]
+        return [(w, bits, _to_channels(scale, w) if scale.dim() else scale, None)]
     return [(w[rows], width, _to_channels(scale[rows], w), rows) for width, rows in channels_by_bits(bits)]
 
 
@@ -163,12 +163,12 @@ def by_channel(
 ) -> Tensor:
     """`function(weights, bits, scale)` of `w`, which must give a tensor of their shape; differentiable.
 
-    Where `bits` has an entry for each output channel (and `scale` too), it is called for the channels of each bitwidth, and
-    what it gives is put back in their order.
+    `scale` is 0-d, or has an entry for each output channel. Where `bits` has that too, the function is called for the
+    channels of each bitwidth, and what it gives is put back in their order.
     """
-    if isinstance(bits, int):
-        return function(w, bits, scale)
     parts = channel_parts(w, bits, scale)
+    if isinstance(bits, int):
+        return function(w, bits, parts[0][2])
     order = torch.tensor([row for *_, rows in parts for row in rows or ()], device=w.device)
     return torch.cat([function(part, width, scales) for part, width, scales, _ in parts])[order.argsort()]
 
@@ -181,18 +181,19 @@ def _to_channels(values: Tensor, w: Tensor) -> Tensor:
 class WeightQuantizer(KeepsPositive, nn.Module):
     """Quantizes one layer's weights at `bits`, 1 to 8, or at as many bits as a tuple says for each output channel.
 
-    Holds one parameter, `scale` (0-d float32; [C] for channels with bits of their own, LSQ only). `bits` is set by the model
-    from its strategy and is not saved here.
+    Holds one parameter, `scale` (float32: 0-d, or [C] with a scale for each output channel, which needs LSQ and which
+    channels with bits of their own always have). `bits` is set by the model from its strategy and is not saved here.
     A loaded model has real weights too, those of `latent`. LSQ maps its own output to itself, so a loaded LSQ layer keeps the
     quantized weights, and they are passed through as long as nothing has touched them.
     """
 
-    def __init__(self, form: str, grid: str, bits: int | tuple[int, ...]):
+    def __init__(self, form: str, grid: str, bits: int | tuple[int, ...], channels: int | None = None):
+        """`channels`: number of output channels, where each has a scale of its own."""
         super().__init__()
-        if isinstance(bits, tuple) and form != "lsq":
-            raise ValueError(f"Bits for each output channel need the weight quantizer 'lsq', got {form!r}.")
+        if channels is not None and form != "lsq":
+            raise ValueError(f"Scales for each output channel need the weight quantizer 'lsq', got {form!r}.")
         self.form, self.grid, self.bits = form, grid, bits
-        self.scale = nn.Parameter(torch.ones(() if isinstance(bits, int) else len(bits), dtype=torch.float32))
+        self.scale = nn.Parameter(torch.ones(() if channels is None else channels, dtype=torch.float32))
         # Place and version of weights and scale that are known to belong together: see `mark_quantized`.
         self._quantized: tuple[int, int, int] | None = None
 
@@ -229,7 +230,7 @@ class WeightQuantizer(KeepsPositive, nn.Module):
         if w.is_meta:
             return
         if isinstance(self.bits, int):
-            self.scale.copy_(best_scale(w, self.form, self.grid, self.bits))
+            self.scale.copy_(best_scale(w, self.form, self.grid, self.bits, per_channel=self.scale.dim() > 0))
         else:
             self.scale.copy_(best_channel_scales(w, self.form, self.grid, self.bits))
         self._least = self._quantized = None
@@ -290,8 +291,8 @@ class WeightQuantizer(KeepsPositive, nn.Module):
         """Real weights (float32, of `shape`) from what `pack` has made: those of `latent`."""
         if not isinstance(self.bits, int):
             return self.from_codes(unpack_channels(packed, self.bits, shape))
-        if self.form != "lsq":
-            # Normalised by all of them together.
+        if self.form != "lsq" or self.scale.dim():
+            # Normalised by all of them together, or by those of their channel.
             return self.latent(unpack(packed, self.bits, shape.numel()).view(shape))
         weight = torch.empty(shape, device=packed.device)
         for start, codes in unpack_parts(packed, self.bits, shape.numel()):

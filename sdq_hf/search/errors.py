@@ -14,10 +14,10 @@ from .descent import Descent
 def scale_at(layer: QuantizedLayer, bits: int) -> Tensor:
     """The scale with which the layer's real weights have the least error at `bits`.
 
-    A 0-d float32, or where channels have bits of their own one for each output channel [C].
+    A 0-d float32, or where channels have scales of their own one for each output channel [C].
     """
     quantizer = layer.weight_quantizer
-    per_channel = not isinstance(quantizer.bits, int)
+    per_channel = quantizer.scale.dim() > 0
     return best_scale(layer.weight, quantizer.form, quantizer.grid, bits, per_channel=per_channel)
 
 
@@ -30,8 +30,6 @@ def weight_at(layer: QuantizedLayer, bits: int | Sequence[int], scale: Tensor | 
     if scale is None:
         assert isinstance(bits, int)
         scale = scale_at(layer, bits)
-    if isinstance(bits, int) and scale.dim():
-        bits = (bits,) * len(scale)
 
     def quantized(weight: Tensor, width: int, scales: Tensor) -> Tensor:
         return fake_quantize(weight, quantizer.form, quantizer.grid, width, scales)

@@ -43,6 +43,9 @@ class ModelArguments:
     pins: list[str] = _option([], "PATTERN=BITS of layers the search leaves alone, e.g. 'layer1.*=8'.")
     weight_quantizer: Literal["lsq", "dorefa", "entropy"] = _option("lsq", "Form of the weight quantizer.")
     weight_grid: Literal["midrise", "twos_complement"] = _option("midrise", "Levels of the weights.")
+    weight_scale: Literal["layer", "channel"] = _option(
+        "layer", "What has a scale of its own; channel: each output channel, for 4 bytes of the file."
+    )
 
 
 @dataclass

@@ -219,6 +219,7 @@ class Run:
             pins=bits_by_pattern(model.pins, "pins"),
             weight_quantizer=model.weight_quantizer,
             weight_grid=model.weight_grid,
+            weight_scale=model.weight_scale,
             base_model=hub_id(network) if model.pretrained else None,
         )
         if self.arguments.run.grad_checkpointing:

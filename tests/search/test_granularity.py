@@ -258,6 +258,52 @@ def test_a_channel_that_does_not_matter_loses_its_bits():
     assert means[0] < means[1] - 1
 
 
+@pytest.mark.parametrize("bits", [1, 3, 8])
+def test_channels_may_have_scales_of_their_own_at_the_bits_of_the_layer(bits, tmp_path):
+    model = network("layer", weight_scale="channel", img_size=16).eval()
+    model.set_strategy(bits)
+    model.calibrate(Images())
+    for name, layer in model.quantized_layers().items():
+        quantizer, weight = layer.weight_quantizer, layer.weight.detach()
+        assert quantizer.scale.shape == weight.shape[:1]
+        expected = best_channel_scales(weight, "lsq", "midrise", [quantizer.bits] * len(weight))
+        torch.testing.assert_close(quantizer.scale.detach(), expected)
+        parts = [
+            fake_quantize(w, "lsq", "midrise", quantizer.bits, scale)
+            for w, scale in zip(weight, quantizer.scale.detach(), strict=True)
+        ]
+        assert torch.equal(quantizer(weight).detach(), torch.stack(parts)), name
+    model.save_pretrained(tmp_path, print_size=False)
+    images, loaded = Images().batches[0]["pixel_values"], SDQForImageClassification.from_pretrained(tmp_path)
+    with torch.no_grad():
+        logits = model(images).logits
+        assert torch.equal(loaded(images).logits, logits)
+        assert torch.equal(loaded.dequantize()(images).logits, logits)
+    loss = model(images).logits.square().mean() + total_bin_regularization(model)
+    loss.backward()
+    # Branches that end in a norm of weight 0 have no gradient.
+    for name in ("conv1", "fc"):
+        assert (model.quantized_layers()[name].weight_quantizer.scale.grad != 0).all()
+    plots.figure_weights(model)
+
+
+@pytest.mark.parametrize("method", ["two_sided", "table", "hawq", "fracbits"])
+def test_layers_whose_channels_have_scales_of_their_own_are_searched(method):
+    model = network("layer", weight_scale="channel", img_size=16, candidates=[2, 4, 6])
+    options = {"table": {"images": 64}, "hawq": {"images": 64, "probes": 1}, "fracbits": {"batches": 4}}
+    accelerator, seen = Accelerator(cpu=True), []
+
+    def look(state):
+        if state.batch == 8:
+            seen.append(copy.deepcopy(state.state_dict()))
+
+    arguments = {"method": method, "accelerator": accelerator, **options.get(method, {})}
+    (found,) = search(model, Images(), [4.0], on_step=look, **arguments)
+    assert found.average_bits() <= 4.0
+    if method == "two_sided":
+        assert search(model, Images(), [4.0], resume_from=seen[0], **arguments) == [found]
+
+
 def test_channels_keep_their_scale_when_their_bits_stay(kernels):
     model = copy.deepcopy(kernels)
     name = "layer1.0.conv1"
@@ -276,6 +322,7 @@ def test_channels_keep_their_scale_when_their_bits_stay(kernels):
     ("act", "message"),
     [
         (lambda: network("kernel", weight_quantizer="dorefa"), "granularity 'kernel' needs weight_quantizer 'lsq'"),
+        (lambda: network("layer", weight_scale="channel", weight_quantizer="dorefa"), "weight_scale 'channel' needs"),
         (lambda: network("channel"), "granularity must be one of layer, block, net, kernel"),
         (lambda: network("layer").set_strategy({"layer1.0.conv1": (3,) * 16}), "for a model of granularity 'kernel'"),
         (lambda: network("kernel").set_strategy({"layer1.0.conv1": (3,) * 8}), "Expected 16 bitwidths, got 8"),
