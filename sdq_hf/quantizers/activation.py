@@ -1,4 +1,4 @@
-"""Activation quantizer: a learned step (LSQ, Esser et al. 2020), unsigned or signed as the data say.
+"""Activation quantizer: a learned step (LSQ, Esser et al. 2020), unsigned or signed as suits the data better.
 
 The paper says only that activations have one bitwidth; the learned step is our interpretation (METHOD 2).
 """
@@ -74,17 +74,43 @@ def _fake_quantize(x: Tensor, step: Tensor, low: int, high: int) -> Tensor:
 @torch.no_grad()
 def best_step(x: Tensor, bits: int, signed: bool) -> Tensor:
     """The step (0-d float32) with the least squared error for activations `x`, by a search over 64 clips."""
+    return _best_step(_sample(x), bits, signed)[0]
+
+
+@torch.no_grad()
+def best_step_and_sign(x: Tensor, bits: int) -> tuple[Tensor, bool]:
+    """The step (0-d float32) and the sign with the least squared error for activations `x`.
+
+    Few bits spend half of their levels on the small negative values of SiLU, GELU or hard-swish if they are signed. A
+    signed bit has no positive level, so one bit is unsigned.
+    """
+    x = _sample(x)
+    step, error = _best_step(x, bits, signed=False)
+    if bits > 1 and (x < 0).any():
+        signed_step, signed_error = _best_step(x, bits, signed=True)
+        if signed_error < error:
+            return signed_step, True
+    return step, False
+
+
+def _sample(x: Tensor) -> Tensor:
     x = x.detach().reshape(-1).float()
     if x.numel() > _FIT_SAMPLES:
         # A fixed stride would meet the same channels of a channels-last tensor again and again.
         generator = torch.Generator().manual_seed(0)
         x = x[torch.randint(x.numel(), (_FIT_SAMPLES,), generator=generator).to(x.device)]
+    return x
+
+
+def _best_step(x: Tensor, bits: int, signed: bool) -> tuple[Tensor, Tensor]:
+    """The step, and its squared error."""
     low, high = activation_range(bits, signed)
     bound = -low if signed else high
     top = x.abs().max().clamp_min(1e-6)
     steps = top / bound * torch.logspace(0, math.log10(0.05), 64, device=x.device)
     errors = torch.stack([(torch.round(x / s).clamp_(low, high) * s - x).square().sum() for s in steps])
-    return steps[errors.argmin()]
+    best = errors.argmin()
+    return steps[best], errors[best]
 
 
 class ActivationQuantizer(KeepsPositive, nn.Module):
@@ -112,10 +138,10 @@ class ActivationQuantizer(KeepsPositive, nn.Module):
 
     @torch.no_grad()
     def fit(self, x: Tensor) -> None:
-        """Fit the step to activations `x` (any shape); their sign decides between signed and unsigned."""
-        signed = bool((x < 0).any())
+        """Fit the step to activations `x` (any shape), signed or unsigned as suits them better."""
+        step, signed = best_step_and_sign(x, self.bits)
         self.signed.fill_(int(signed))
-        self.step.copy_(best_step(x, self.bits, signed))
+        self.step.copy_(step)
         self._range = self._least = None
 
     def set_bits(self, bits: int) -> None:

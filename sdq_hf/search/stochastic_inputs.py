@@ -15,13 +15,12 @@ from .descent import Descent
 class _Inputs:
     """One layer's input, rounded at its upper or at its lower bitwidth, or the mean of both; `gate` as of weights.
 
-    steps: sign and step of each of `candidates` (float32 [1 + candidates]), which stay as they are.
+    steps: sign and step of each of `candidates` (float32 [2, candidates]), which stay as they are.
     """
 
     def __init__(self, candidates: list[int], steps: Tensor):
         self._quantizers = {}
-        signed, *values = steps.tolist()
-        for bits, step in zip(candidates, values, strict=True):
+        for bits, signed, step in zip(candidates, *steps.tolist(), strict=True):
             self._quantizers[bits] = quantizer = ActivationQuantizer(bits).to(steps.device).requires_grad_(False)
             quantizer.step.fill_(step)
             quantizer.signed.fill_(int(signed))

@@ -12,8 +12,7 @@ from accelerate.utils import broadcast
 from torch import Tensor, nn
 
 from ..modeling_sdq import SDQForImageClassification
-from ..quantizers import ActivationQuantizer
-from ..quantizers.activation import best_step
+from ..quantizers.activation import best_step_and_sign
 from ..training.evaluation import logits_of
 from ..training.loaders import Batch, endless
 from .descent import Descent
@@ -104,7 +103,7 @@ class Task:
 
     @torch.no_grad()
     def input_steps(self) -> dict[str, Tensor]:
-        """Layer -> sign (0 or 1) of its inputs and their step at each candidate (float32 [1 + candidates]).
+        """Layer -> sign (0 or 1) and step of its inputs at each candidate (float32 [2, candidates]).
 
         Of the layers whose inputs are searched, fitted to the first batches at the starting bits; all ranks take the first's.
         """
@@ -112,11 +111,11 @@ class Task:
             return {}
         probe, found = self._at_start(), dict[str, Tensor]()
 
-        def seen(name: str, quantizer: ActivationQuantizer) -> Callable[[nn.Module, Any], None]:
+        def seen(name: str) -> Callable[[nn.Module, Any], None]:
             def look(module: nn.Module, inputs: Any) -> None:
-                signed = bool((inputs[0] < 0).any())
-                steps = [best_step(inputs[0], bits, signed) for bits in self.descent.candidates]
-                found[name] = torch.stack([torch.tensor(float(signed)).to(steps[0]), *steps])
+                fits = [best_step_and_sign(inputs[0], bits) for bits in self.descent.candidates]
+                signs = torch.tensor([float(signed) for _, signed in fits])
+                found[name] = torch.stack([signs.to(inputs[0].device), torch.stack([step for step, _ in fits])])
 
             return look
 
@@ -124,7 +123,7 @@ class Task:
         for name in self.descent.inputs:
             quantizer = layers[name].input_quantizer
             assert quantizer is not None
-            quantizer.register_forward_pre_hook(seen(name, quantizer))
+            quantizer.register_forward_pre_hook(seen(name))
         probe.calibrate(self.batches())
         return {name: cast(Tensor, broadcast(steps)) for name, steps in found.items()}
 

@@ -3,6 +3,7 @@ import weakref
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from sdq_hf.quantizers import ActivationQuantizer
 from sdq_hf.quantizers.activation import _fake_quantize, activation_range, best_step
@@ -79,6 +80,33 @@ def test_state_survives_saving():
     other.load_state_dict(quantizer.state_dict())
     assert torch.equal(other(x), y)
     assert other.range == (-8, 7)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("act", [F.relu, F.silu, F.gelu, F.hardswish, torch.clone])
+def test_the_sign_is_that_with_the_smaller_error(act, bits):
+    x = act(3 * torch.randn(4000, generator=torch.Generator().manual_seed(0)))
+    quantizer = ActivationQuantizer(bits)
+    quantizer.fit(x)
+    errors = {}
+    for signed in (False, True):
+        low, high = activation_range(bits, signed)
+        steps = x.abs().max() / max(-low, high) * torch.linspace(0.05, 1, 200)
+        errors[signed] = min((((x / s).round().clamp(low, high) * s - x) ** 2).sum().item() for s in steps)
+    # A signed bit could not be trained: it has no positive level.
+    better = bits > 1 and errors[True] < errors[False]
+    assert bool(quantizer.signed) == better or errors[True] == pytest.approx(errors[False], rel=0.1)
+    assert quantizer.range == activation_range(bits, bool(quantizer.signed))
+
+
+def test_few_bits_are_unsigned_where_many_are_signed():
+    x = F.silu(3 * torch.randn(4000, generator=torch.Generator().manual_seed(0)))
+    signs = {}
+    for bits in (2, 8):
+        quantizer = ActivationQuantizer(bits)
+        quantizer.fit(x)
+        signs[bits] = bool(quantizer.signed)
+    assert signs == {2: False, 8: True}
 
 
 @pytest.mark.parametrize("signed", [False, True])

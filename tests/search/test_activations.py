@@ -58,7 +58,7 @@ def test_drawn_inputs_are_the_rounded_ones_and_gradients_those_of_the_choice(pla
     way = way_down(model, 2.5e7, start_bits=4)
     inputs = StochasticInputs(model, way)
     steps = {bits: best_step(x, bits, True) for bits in way.candidates}
-    table = torch.stack([torch.ones(()), *steps.values()])
+    table = torch.stack([torch.ones(len(steps)), torch.stack(list(steps.values()))])
     inputs.start(dict.fromkeys(way.inputs, table))
     place = list(way.inputs).index(name)
     rounded = {bits: torch.round(x / step).clamp(*activation_range(bits, True)) * step for bits, step in steps.items()}
