@@ -115,7 +115,12 @@ class SDQConfig(PretrainedConfig):
         _check_model_args(self.model_args)
         check_pretrained_cfg(self.pretrained_cfg)
         if self.strategy is not None:
-            Strategy.from_json(self.strategy)
+            for name, layer in Strategy.from_json(self.strategy).items():
+                if isinstance(layer.weight_bits, tuple) and self.granularity != "kernel":
+                    raise ValueError(
+                        f"strategy, layer {short(name)}: weight_bits for each output channel are for granularity 'kernel', "
+                        f"this one is {self.granularity!r}."
+                    )
 
     def pinned_bits(self, name: str) -> int | None:
         """Weight bits that `pins` give layer `name`, None when no pattern matches."""

@@ -141,7 +141,7 @@ def test_saving_before_calibration_names_the_layer(tmp_path):
 def test_unknown_models_and_wrong_fields_are_named():
     with pytest.raises(ValueError, match="resnet20_cifar"):
         SDQForImageClassification.from_timm("resnet20_cifr")
-    for field, value in (("candidates", [0]), ("activation_bits", 9), ("weight_grid", "mid"), ("granularity", "net")):
+    for field, value in (("candidates", [0]), ("activation_bits", 9), ("weight_grid", "mid"), ("granularity", "nett")):
         with pytest.raises(ValueError, match=field):
             SDQConfig(**{field: value})
 
