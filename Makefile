@@ -17,8 +17,11 @@ help:  ## List the targets.
 demo: .venv/installed  ## Run SDQ's whole job on the bundled sample, about 4 minutes; go on after Ctrl-C: make demo ARGS=--resume
 	$(BIN)/python scripts/run_sdq.py scripts/demo.yaml --cpu true $(ARGS)
 
+# A process for each core, and a core for each process: threads of several torches stand in each other's way.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadscope
+
 test: .venv/installed  ## Run the tests.
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 check: .venv/installed  ## Lint, check the format, check the types.
 	$(BIN)/ruff check .

@@ -145,6 +145,8 @@ def _line(child: Any, timeout: float) -> str | None:
         while selector.select(timeout):
             line = child.stdout.readline()
             if not line:
+                # Its output is closed a moment before it is gone.
+                child.wait()
                 return None
             if line.startswith("RESULT "):
                 return str(line.removeprefix("RESULT "))

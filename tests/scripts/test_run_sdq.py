@@ -425,7 +425,7 @@ def test_two_processes_find_one_strategy_and_write_one_result(data, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads((folder / "results.json").read_text())["processes"] == 2
     # Ranks that disagree about a step-down would hang or print twice.
-    assert done.stdout.count("sdq-bits: for 3 bits") == 1
+    assert done.stdout.count("sdq-bits: for 3 average bits") == 1
     for name in ("sdq-bits-3", "sdq-bitops-3"):
         model = SDQForImageClassification.from_pretrained(folder / "models" / name)
         assert rows_of(folder)[name]["average_bits"] == model.strategy.average_bits() <= 6

@@ -58,15 +58,17 @@ def test_the_table_of_networks_names_what_does_not_work():
 
 
 def test_the_table_of_pretrained_weights_counts_the_drop_from_step_to_step():
-    def cell(weights, activations, same):
+    def cell(weights, activations, same, scale="layer"):
         fixed = {"bytes": 5_000_000, "centre": 9, "photographs": 10, "views": 50, "kl": 0.25}
-        return {"weights": weights, "activations": activations, "same": same, **fixed}
+        return {"scale": scale, "weights": weights, "activations": activations, "same": same, **fixed}
 
-    table = study_pretrained.table([cell(8, 8, 49), cell(8, 32, 50), cell(4, 4, 30), cell(4, 32, 40)])
+    cells = [cell(8, 8, 49), cell(8, 32, 50), cell(4, 4, 30), cell(4, 32, 40), cell(8, 8, 45, "channel")]
+    table = study_pretrained.table(cells)
     rows = [[field.strip() for field in line.strip("|").split("|")] for line in table.splitlines()[2:]]
-    assert [(row[0], row[1], row[4], row[5]) for row in rows] == [
-        ("8", "8", "49 of 50 (98.0%)", "2.0"),
-        ("4", "4", "30 of 50 (60.0%)", "38.0"),
-        ("8", "float", "50 of 50 (100.0%)", "0.0"),
-        ("4", "float", "40 of 50 (80.0%)", "20.0"),
+    assert [(row[0], row[1], row[2], row[5], row[6]) for row in rows] == [
+        ("layer", "8", "8", "49 of 50 (98.0%)", "2.0"),
+        ("layer", "4", "4", "30 of 50 (60.0%)", "38.0"),
+        ("layer", "8", "float", "50 of 50 (100.0%)", "0.0"),
+        ("layer", "4", "float", "40 of 50 (80.0%)", "20.0"),
+        ("channel", "8", "8", "45 of 50 (90.0%)", "10.0"),
     ]
