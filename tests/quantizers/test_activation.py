@@ -99,6 +99,12 @@ def test_the_sign_is_that_with_the_smaller_error(act, bits):
     assert quantizer.range == activation_range(bits, bool(quantizer.signed))
 
 
+def test_one_bit_is_unsigned_whatever_comes():
+    quantizer = ActivationQuantizer(1)
+    quantizer.fit(-torch.rand(1000, generator=torch.Generator().manual_seed(0)))
+    assert quantizer.range == (0, 1)
+
+
 def test_few_bits_are_unsigned_where_many_are_signed():
     x = F.silu(3 * torch.randn(4000, generator=torch.Generator().manual_seed(0)))
     signs = {}

@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from sdq_hf.quantizers.stochastic import draw, gumbel_choice, stochastic_choice
@@ -39,3 +40,16 @@ def test_draws_depend_on_seed_and_step_alone():
     assert torch.equal(draw(1, 5, 8), draw(1, 5, 8))
     assert not torch.equal(draw(1, 5, 8), draw(1, 6, 8))
     assert not torch.equal(draw(1, 5, 8), draw(2, 5, 8))
+
+
+@pytest.mark.parametrize("shape", [(4, 3, 2, 2), (4, 7)])
+def test_channels_have_a_choice_each(shape):
+    generator = torch.Generator().manual_seed(0)
+    chosen, difference, grad = (torch.randn(shape, generator=generator) for _ in range(3))
+    choice = torch.rand(4, generator=generator).requires_grad_()
+    drawn = stochastic_choice(choice, chosen.requires_grad_(), difference)
+    assert torch.equal(drawn, chosen)
+    drawn.backward(grad)
+    expected = torch.stack([(grad[c] * difference[c]).sum() for c in range(4)])
+    torch.testing.assert_close(choice.grad, expected)
+    assert torch.equal(chosen.grad, grad)
