@@ -13,7 +13,6 @@ photographs say nothing about accuracy on ImageNet.
 """
 
 import argparse
-import json
 import platform
 import tempfile
 from importlib.metadata import version
@@ -23,6 +22,7 @@ from typing import Any
 import timm
 import torch
 from PIL import Image
+from study_common import read
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/results/pretrained.json"))
     parser.add_argument("--table", action="store_true", help="only print the table of what is there")
     options = parser.parse_args()
-    content = json.loads(options.out.read_text()) if options.out.exists() else {"cells": []}
+    content = read(options.out)
     if not options.table:
         run(options, content)
     print(table(content["cells"]))

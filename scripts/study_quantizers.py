@@ -24,6 +24,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from safetensors.torch import load_file
+from study_common import read
 from torch import nn
 
 from sdq_hf import SDQForImageClassification
@@ -51,7 +52,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/quantizers.json"))
     parser.add_argument("--table", action="store_true", help="only print the table of what is there")
     options = parser.parse_args()
-    result = json.loads(options.out.read_text()) if options.out.exists() else {"cells": []}
+    result = read(options.out)
     if not options.table:
         run(options, result)
     print(table(result["cells"]))

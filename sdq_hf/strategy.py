@@ -7,6 +7,8 @@ from difflib import get_close_matches
 from functools import cached_property
 from typing import Any
 
+from .packing import packed_size
+
 FLOAT_BITS = 32
 # More than any network has; a file from the Hub could name millions.
 MAX_LAYERS = 10_000
@@ -66,7 +68,7 @@ class LayerBits:
     @property
     def num_bytes(self) -> int:
         """Of the packed weights, filled up to a whole byte."""
-        return (self.total_bits + 7) // 8
+        return packed_size(self.total_bits, 1)
 
     @property
     def bitops(self) -> int:

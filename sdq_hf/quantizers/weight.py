@@ -280,7 +280,7 @@ class WeightQuantizer(KeepsPositive, nn.Module):
         """Bytes that `count` weights, those of all channels, take."""
         if isinstance(self.bits, int):
             return packed_size(count, self.bits)
-        return (count // len(self.bits) * sum(self.bits) + 7) // 8
+        return packed_size(count // len(self.bits) * sum(self.bits), 1)
 
     def pack(self, w: Tensor) -> Tensor:
         """The weights as they stand in a file: uint8 [packed_size]."""

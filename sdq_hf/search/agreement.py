@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from ..modeling_sdq import SDQForImageClassification
-
 
 class RankError(RuntimeError):
     """A rank of a distributed search that is not where the others are; the message is one line."""
@@ -36,14 +34,6 @@ def check_agreement(accelerator: Accelerator, batch: int, places: Mapping[str, A
                 f"The search's ranks disagree at batch {batch}: {names} other {what} than rank {found.index(usual)}. All "
                 "ranks need the same options, model and library versions, and only their data may differ."
             )
-
-
-def weights_digest(model: SDQForImageClassification) -> int:
-    """A hash of all tensors of `model`."""
-    digest = blake2b(digest_size=8)
-    for value in model.state_dict().values():
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return int.from_bytes(digest.digest(), "little", signed=True)
 
 
 def _digest(value: Any) -> int:

@@ -87,8 +87,7 @@ def search(
         floors: pattern of layer names -> fewest bits of weights.
         search_activations: also find the bits of the inputs of the searched layers, in the same descent and from the same
             candidates; for SDQ's methods, granularity "layer", and a cost in which inputs count. Inputs that are not rounded
-            stay so. A search with the same budgets of BitOPs that leaves inputs at 4 bits is not always worse: see
-            docs/results.md.
+            stay so.
         weight_lr: learning rate (AdamW) at which the weights follow the search, as in the paper's first phase, so that
             damage is measured in a network that has adapted to its bits; 0 keeps them frozen. For SDQ, fracbits and edmips.
         max_batches: gives up after so many, with a `BudgetError` that says how far it came.

@@ -7,11 +7,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ..checkpoint import digest
 from ..quantizers.positive import floors, set_floors
 from ..strategy import Strategy
 from ..training.losses import DivergedError
 from ..training.optim import OptimizerArguments, create_optimizer
-from .agreement import check_agreement, weights_digest
+from .agreement import check_agreement
 from .descent import BudgetError
 from .errors import quantization_errors
 from .stochastic_inputs import StochasticInputs
@@ -85,7 +86,7 @@ def _descend(task: Task, update: TwoSided | Paper) -> list[Strategy]:
             accumulated = accelerator.gradient_accumulation_steps
             batches = task.batches(start=step * accumulated)
             distributed = accelerator.num_processes > 1
-            begin = {"budgets": descent.budgets, "weights": weights_digest(model)} if distributed else {}
+            begin = {"budgets": descent.budgets, "weights": digest(model.state_dict())} if distributed else {}
             while True:
                 drawn = update.draw(step)
                 if distributed:
