@@ -12,6 +12,7 @@ import torch
 from transformers import PretrainedConfig
 
 from .quantizers.grids import GRIDS
+from .quantizers.power_of_two import SCALES
 from .quantizers.weight import FORMS
 from .strategy import FLOAT_BITS, Strategy, short
 
@@ -36,6 +37,9 @@ class SDQConfig(PretrainedConfig):
         weight_grid (`str`): "midrise" or "twos_complement".
         weight_scale (`str`): what has a scale of its own: a "layer", or each output "channel" (needs "lsq", and 4 bytes of
             the file for each). Layers of granularity "kernel" have one for each channel always.
+        scales (`str`): "float", or "power_of_two" for hardware that shifts where others multiply: the units of weights and
+            inputs are powers of two, biases are whole numbers, and batch norm is folded into the layer before it, so the
+            network is one without. See `SDQForImageClassification.to_hardware_profile`.
         activation_bits (`int`): bits of the inputs of all layers between the first and the last, 1 to 8, or 32 for float.
         first_last_bits (`int`): bits of weights and inputs of the first and last layer, 1 to 8, or 32 for float. Those
             layers are pinned (our interpretation of the paper).
@@ -57,6 +61,7 @@ class SDQConfig(PretrainedConfig):
         weight_quantizer: str = "lsq",
         weight_grid: str = "midrise",
         weight_scale: str = "layer",
+        scales: str = "float",
         activation_bits: int = 4,
         first_last_bits: int = 8,
         pins: dict[str, int] | None = None,
@@ -72,6 +77,7 @@ class SDQConfig(PretrainedConfig):
         self.weight_quantizer = weight_quantizer
         self.weight_grid = weight_grid
         self.weight_scale = weight_scale
+        self.scales = scales
         self.activation_bits = activation_bits
         self.first_last_bits = first_last_bits
         self.pins = {} if pins is None else pins
@@ -90,6 +96,7 @@ class SDQConfig(PretrainedConfig):
         _one_of("weight_quantizer", self.weight_quantizer, FORMS)
         _one_of("weight_grid", self.weight_grid, GRIDS)
         _one_of("weight_scale", self.weight_scale, ("layer", "channel"))
+        _one_of("scales", self.scales, SCALES)
         for field, value in (("granularity", "kernel"), ("weight_scale", "channel")):
             if getattr(self, field) == value and self.weight_quantizer != "lsq":
                 raise ValueError(f"{field} {value!r} needs weight_quantizer 'lsq', got {self.weight_quantizer!r}.")

@@ -1,5 +1,6 @@
 """What a configuration says: its timm network, and that network's strategy, the one it holds or the top of the ladder."""
 
+import copy
 import fnmatch
 import re
 from dataclasses import replace
@@ -8,15 +9,29 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from .backbones import create_backbone
+from .batch_norm import fold_batch_norm
 from .configuration_sdq import SDQConfig
-from .folding import fold
+from .folding import fold, folded_state
 from .layers import count_macs, own_forward, quantizable_layers
 from .strategy import FLOAT_BITS, LayerBits, Strategy, unknown_layer
 
 
 def configured_backbone(config: SDQConfig) -> nn.Module:
-    """The timm network of `config`, folded (`sdq_hf.folding`), with the weights that timm initialises it with."""
-    return fold(timm_backbone(config))
+    """The timm network of `config`, in the form for its quantizers, with the weights that timm initialises it with.
+
+    That is folded (`sdq_hf.folding`), and with scales of powers of two without batch norm (`sdq_hf.batch_norm`).
+    """
+    return _formed(config, timm_backbone(config))
+
+
+def configured_state(config: SDQConfig, network: nn.Module) -> dict[str, Tensor]:
+    """The `state_dict` that timm's `network` would have in that form; the network stays as it is."""
+    return folded_state(network) if config.scales == "float" else _formed(config, copy.deepcopy(network)).state_dict()
+
+
+def _formed(config: SDQConfig, network: nn.Module) -> nn.Module:
+    network = fold(network)
+    return network if config.scales == "float" else fold_batch_norm(network, config.input_size)
 
 
 def timm_backbone(config: SDQConfig) -> nn.Module:

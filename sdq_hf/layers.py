@@ -19,6 +19,8 @@ from .strategy import FLOAT_BITS, LayerBits, Strategy, unknown_layer
 
 # What the codes of a layer's weight are called in a file, beside its scale.
 PACKED = "weight_packed"
+# Integer biases have 32 bits, as is usual in integer hardware. In float32 this is the largest number below 2^31.
+MAX_BIAS = 2**31 - 128
 
 
 class QuantizedLayer(nn.Module):
@@ -38,6 +40,7 @@ class QuantizedLayer(nn.Module):
     input_source: Callable[[Tensor], Tensor] | None
     enabled: bool
     has_float_weight: bool
+    integer_bias: bool
 
     def quantized_weight(self) -> Tensor:
         """The weight that the forward pass uses (shape of `weight`)."""
@@ -50,6 +53,9 @@ class QuantizedLayer(nn.Module):
     @torch.no_grad()
     def dequantize(self) -> None:
         """Put the quantized weights, as ordinary float numbers, in the place of the weights and their quantizer."""
+        if self.bias is not None:
+            self.bias.copy_(cast(Tensor, self.quantized_bias()))
+        self.integer_bias = False
         self.weight.copy_(self.weight_quantizer(self.weight))
         del self.weight_quantizer
         self.has_float_weight = True
@@ -64,6 +70,22 @@ class QuantizedLayer(nn.Module):
                 state_dict[f"{prefix}weight"] = quantizer.unpack(packed.to(self.weight.device), self.weight.shape)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
+    def quantized_bias(self) -> Tensor | None:
+        """The bias that the forward pass uses: with scales of powers of two a whole number of what the sum is made of.
+
+        That is the input's step times the weight's unit. Rounding is straight-through. During a search, whose weights have
+        no scale of their own, it stays real.
+        """
+        idle = not self.integer_bias or not self.enabled or self.weight_source is not None
+        if self.bias is None or idle or self.bias.is_meta:
+            return self.bias
+        assert self.input_quantizer is not None
+        unit = (self.input_quantizer.effective_step * self.weight_quantizer.unit).detach()
+        rounded = (
+            torch.round(self.bias.detach().float() / unit).clamp_(-MAX_BIAS, MAX_BIAS).mul_(unit).to(self.bias.dtype)
+        )
+        return _StraightThrough.apply(self.bias, rounded) if torch.is_grad_enabled() else rounded
+
     def forward(self, x: Tensor) -> Tensor:
         if self.enabled and self.input_source is not None:
             x = self.input_source(x)
@@ -71,26 +93,38 @@ class QuantizedLayer(nn.Module):
             x = self.input_quantizer(x)
             if self.input_quantizer.compact and torch.is_grad_enabled():
                 with self.input_quantizer.saved_as_codes(x):
-                    return self.compute(x, self.quantized_weight())
-        return self.compute(x, self.quantized_weight())
+                    return self.compute(x, self.quantized_weight(), self.quantized_bias())
+        return self.compute(x, self.quantized_weight(), self.quantized_bias())
 
-    def compute(self, x: Tensor, weight: Tensor) -> Tensor:
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         raise NotImplementedError
 
 
+class _StraightThrough(torch.autograd.Function):
+    """`rounded`, with its gradient given to `x`. Adding a difference instead would not give `rounded` to the last bit."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, rounded: Tensor) -> Tensor:
+        return rounded
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad, None
+
+
 class QuantizedLinear(QuantizedLayer, nn.Linear):  # type: ignore[misc]
-    def compute(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.linear(x, weight.to(x.dtype), self.bias)
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight.to(x.dtype), bias)
 
 
 class QuantizedConv2d(QuantizedLayer, nn.Conv2d):  # type: ignore[misc]
-    def compute(self, x: Tensor, weight: Tensor) -> Tensor:
-        return self._conv_forward(x, weight.to(x.dtype), self.bias)
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return self._conv_forward(x, weight.to(x.dtype), bias)
 
 
 class QuantizedConv2dSame(QuantizedLayer, Conv2dSame):
-    def compute(self, x: Tensor, weight: Tensor) -> Tensor:
-        return conv2d_same(x, weight.to(x.dtype), self.bias, self.stride, self.padding, self.dilation, self.groups)
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return conv2d_same(x, weight.to(x.dtype), bias, self.stride, self.padding, self.dilation, self.groups)
 
 
 _SUBCLASSES: dict[type[nn.Module], type[QuantizedLayer]] = {
@@ -132,7 +166,15 @@ def own_forward(module: nn.Module) -> str | None:
     return f"is a {own}, whose forward SDQ does not know; it quantizes {known}."
 
 
-def attach(module: nn.Module, name: str, bits: LayerBits, form: str, grid: str, per_channel: bool = False) -> None:
+def attach(
+    module: nn.Module,
+    name: str,
+    bits: LayerBits,
+    form: str,
+    grid: str,
+    per_channel: bool = False,
+    power_of_two: bool = False,
+) -> None:
     """Turn one conv or linear layer into its quantized subclass, in place.
 
     Raises `ValueError` with the layer's name when its class computes with its weight in a way of its own.
@@ -146,11 +188,12 @@ def attach(module: nn.Module, name: str, bits: LayerBits, form: str, grid: str, 
     layer.weight_source, layer.input_source, layer.enabled = None, None, True
     layer.has_float_weight = bits.weight_bits == FLOAT_BITS
     has_input = bits.activation_bits != FLOAT_BITS
-    layer.input_quantizer = ActivationQuantizer(bits.activation_bits).to(device) if has_input else None
+    layer.input_quantizer = ActivationQuantizer(bits.activation_bits, power_of_two).to(device) if has_input else None
+    layer.integer_bias = power_of_two and has_input and not layer.has_float_weight
     if layer.has_float_weight:
         return
     channels = layer.weight.shape[0] if per_channel or isinstance(bits.weight_bits, tuple) else None
-    layer.weight_quantizer = WeightQuantizer(form, grid, bits.weight_bits, channels).to(device)
+    layer.weight_quantizer = WeightQuantizer(form, grid, bits.weight_bits, channels, power_of_two).to(device)
     if not layer.weight.is_meta:
         layer.weight_quantizer.fit_scale(layer.weight)
 

@@ -18,8 +18,8 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from .backbones import create_backbone, hub_id, pretrained_labels, set_grad_checkpointing
 from .checkpoint import DIGEST
 from .configuration_sdq import SDQConfig
-from .configured import configured_backbone, fitting_strategy, initial_strategy, timm_backbone
-from .folding import folded_state
+from .configured import configured_backbone, configured_state, fitting_strategy, initial_strategy, timm_backbone
+from .folding import fold
 from .hf_quantizer import SDQHfQuantizer, SDQQuantizationConfig
 from .layers import (
     QuantizedLayer,
@@ -152,15 +152,22 @@ class SDQForImageClassification(PackedFilesMixin):
             **config_kwargs,
         )
         model = cls(config)
-        model._take_weights(folded_state(source))
+        model._take_weights(configured_state(config, source))
         return model
 
     def _attach(self, strategy: Strategy) -> None:
         for name, module in quantizable_layers(self.timm_model).items():
             if not strategy[name].is_float:
                 config = self.config
-                per_channel = config.weight_scale == "channel"
-                attach(module, name, strategy[name], config.weight_quantizer, config.weight_grid, per_channel)
+                attach(
+                    module,
+                    name,
+                    strategy[name],
+                    config.weight_quantizer,
+                    config.weight_grid,
+                    per_channel=config.weight_scale == "channel",
+                    power_of_two=config.scales == "power_of_two",
+                )
 
     # Bits --------------------------------------------------------------------------------------------------------
 
@@ -201,7 +208,7 @@ class SDQForImageClassification(PackedFilesMixin):
             network = timm_backbone(self.config)
         _check_names(state, network.state_dict())
         network.load_state_dict(state, assign=True)
-        self._take_weights(folded_state(network))
+        self._take_weights(configured_state(self.config, network))
 
     @torch.no_grad()
     def _take_weights(self, state: Mapping[str, Tensor]) -> None:
@@ -213,7 +220,10 @@ class SDQForImageClassification(PackedFilesMixin):
         self._forget_steps()
 
     def float_twin(self) -> nn.Module:
-        """The float timm model, folded (`sdq_hf.folding`), with this model's real weights: a copy in eval mode."""
+        """The float timm model, in the form for quantizers (`configured_backbone`), with this model's real weights.
+
+        A copy in eval mode.
+        """
         twin = configured_backbone(self.config)
         own, wanted = self.timm_model.state_dict(), twin.state_dict()
         twin.load_state_dict({key: own[key] for key in wanted})
@@ -255,6 +265,41 @@ class SDQForImageClassification(PackedFilesMixin):
         training = self.training
         self.eval()(images)
         self.train(training)
+
+    def to_hardware_profile(
+        self,
+        batches: Iterable[Tensor | Mapping[str, Tensor]],
+        num_batches: int = 4,
+        weight_scale: str | None = None,
+    ) -> "SDQForImageClassification":
+        """A copy in the form that integer hardware computes in, with the same strategy: `scales="power_of_two"`.
+
+        Batch norm is folded, the units of weights and inputs become powers of two, biases whole numbers, all fitted to this
+        model's real weights and to `batches` as in `calibrate`. That changes the outputs; a short fine-tune brings most of
+        it back (`scripts/to_hardware.py`).
+
+        Args:
+            weight_scale: as in `SDQConfig`; default: one for each output channel where the quantizer can, since what
+                batch norm did to each channel is in its weights now.
+
+        Raises `ValueError` that names the module for a network that cannot be put so, and for layers that are float.
+        """
+        if self.config.scales == "power_of_two":
+            raise ValueError("The model is in the hardware profile already: its scales are powers of two.")
+        if weight_scale is None:
+            weight_scale = "channel" if self.config.weight_quantizer == "lsq" else "layer"
+        fields = self.config.to_dict()
+        # Of the model that this one is made from; the new one's own class sets them.
+        for field in ("quantization_config", "auto_map", "architectures"):
+            fields.pop(field, None)
+        config = SDQConfig.from_dict({**fields, "scales": "power_of_two", "weight_scale": weight_scale})
+        source = fold(timm_backbone(self.config))
+        own = self.timm_model.state_dict()
+        source.load_state_dict({key: own[key] for key in source.state_dict()})
+        profile = type(self)(config).to(self.device)
+        profile._take_weights(configured_state(config, source))
+        profile.calibrate(batches, num_batches)
+        return profile.train(self.training)
 
     def _forget_steps(self) -> None:
         for quantizer in input_quantizers(self.timm_model).values():

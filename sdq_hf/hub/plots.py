@@ -204,7 +204,7 @@ def figure_weights(model: SDQForImageClassification, count: int = 6) -> Figure:
 def _plot_layer_weights(axis: Any, layer: QuantizedLayer) -> str:
     """Draws a layer, or of one whose channels have bits of their own those with the commonest; gives their bits as text."""
     quantizer = layer.weight_quantizer
-    parts = channel_parts(layer.weight.detach().float().cpu(), quantizer.bits, quantizer.scale.detach().cpu())
+    parts = channel_parts(layer.weight.detach().float().cpu(), quantizer.bits, quantizer.effective_scale.detach().cpu())
     weight, bits, scale, rows = max(parts, key=lambda part: part[0].numel())
     grid = quantizer.grid
     low, high = extremes(grid, bits)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .positive import KeepsPositive
+from .power_of_two import nearest_power_of_two
 
 # Values that one tensor contributes to the fit of the step: enough for a 2-bit clip to be stable to about 1 %.
 _FIT_SAMPLES = 65536
@@ -78,16 +79,18 @@ def best_step(x: Tensor, bits: int, signed: bool) -> Tensor:
 
 
 @torch.no_grad()
-def best_step_and_sign(x: Tensor, bits: int) -> tuple[Tensor, bool]:
+def best_step_and_sign(x: Tensor, bits: int, power_of_two: bool = False) -> tuple[Tensor, bool]:
     """The step (0-d float32) and the sign with the least squared error for activations `x`.
+
+    power_of_two: of the steps that are one.
 
     Few bits spend half of their levels on the small negative values of SiLU, GELU or hard-swish if they are signed. A
     signed bit has no positive level, so one bit is unsigned.
     """
     x = _sample(x)
-    step, error = _best_step(x, bits, signed=False)
+    step, error = _best_step(x, bits, signed=False, power_of_two=power_of_two)
     if bits > 1 and (x < 0).any():
-        signed_step, signed_error = _best_step(x, bits, signed=True)
+        signed_step, signed_error = _best_step(x, bits, signed=True, power_of_two=power_of_two)
         if signed_error < error:
             return signed_step, True
     return step, False
@@ -102,19 +105,21 @@ def _sample(x: Tensor) -> Tensor:
     return x
 
 
-def _best_step(x: Tensor, bits: int, signed: bool) -> tuple[Tensor, Tensor]:
+def _best_step(x: Tensor, bits: int, signed: bool, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
     """The step, and its squared error."""
     low, high = activation_range(bits, signed)
     bound = -low if signed else high
     top = x.abs().max().clamp_min(1e-6)
     steps = top / bound * torch.logspace(0, math.log10(0.05), 64, device=x.device)
+    if power_of_two:
+        steps = nearest_power_of_two(steps).unique()
     errors = torch.stack([(torch.round(x / s).clamp_(low, high) * s - x).square().sum() for s in steps])
     best = errors.argmin()
     return steps[best], errors[best]
 
 
 class ActivationQuantizer(KeepsPositive, nn.Module):
-    """Quantizes a layer's input at `bits` with one learned `step`.
+    """Quantizes a layer's input at `bits` with one learned `step`, or with `power_of_two` with the one nearest to it.
 
     State: `step` (parameter, 0-d float32; 0 means not fitted yet) and `signed` (buffer, 0-d uint8, 0 or 1). The first
     tensor that comes by fits both, unless a loaded state has them.
@@ -123,9 +128,9 @@ class ActivationQuantizer(KeepsPositive, nn.Module):
     step: nn.Parameter
     signed: Tensor
 
-    def __init__(self, bits: int):
+    def __init__(self, bits: int, power_of_two: bool = False):
         super().__init__()
-        self.bits = bits
+        self.bits, self.power_of_two = bits, power_of_two
         self.step = nn.Parameter(torch.zeros((), dtype=torch.float32))
         self.register_buffer("signed", torch.zeros((), dtype=torch.uint8))
         # The integer range, read from the state once: asking a tensor for its value at each step would make a GPU wait.
@@ -134,12 +139,17 @@ class ActivationQuantizer(KeepsPositive, nn.Module):
         self.compact = False
 
     def extra_repr(self) -> str:
-        return f"bits={self.bits}, range={self._range or 'not fitted yet'}"
+        return f"bits={self.bits}, range={self._range or 'not fitted yet'}" + ", power of two" * self.power_of_two
+
+    @property
+    def effective_step(self) -> Tensor:
+        """The step that is computed with (0-d), differentiable in `step`."""
+        return nearest_power_of_two(self.step) if self.power_of_two else self.step
 
     @torch.no_grad()
     def fit(self, x: Tensor) -> None:
         """Fit the step to activations `x` (any shape), signed or unsigned as suits them better."""
-        step, signed = best_step_and_sign(x, self.bits)
+        step, signed = best_step_and_sign(x, self.bits, self.power_of_two)
         self.signed.fill_(int(signed))
         self.step.copy_(step)
         self._range = self._least = None
@@ -171,9 +181,9 @@ class ActivationQuantizer(KeepsPositive, nn.Module):
         low, high = self.range
         dtype, x = x.dtype, x.float()
         if torch.is_grad_enabled() and (x.requires_grad or self.step.requires_grad):
-            y = _LearnedStep.apply(x, self.step, low, high, 1 / math.sqrt(x.numel() * high), self.compact)
+            y = _LearnedStep.apply(x, self.effective_step, low, high, 1 / math.sqrt(x.numel() * high), self.compact)
         else:
-            y = _fake_quantize(x, self.step, low, high)
+            y = _fake_quantize(x, self.effective_step, low, high)
         return y.to(dtype)
 
     @contextmanager
@@ -185,7 +195,7 @@ class ActivationQuantizer(KeepsPositive, nn.Module):
         """
         low, _ = self.range
         # The hooks live until the backward pass, so they must not hold `y` itself.
-        step, place, shape, dtype = self.step.detach(), y.data_ptr(), y.shape, y.dtype
+        step, place, shape, dtype = self.effective_step.detach(), y.data_ptr(), y.shape, y.dtype
 
         def pack(saved: Tensor) -> Tensor | tuple[Tensor]:
             if saved.data_ptr() != place or saved.shape != shape:
@@ -201,4 +211,4 @@ class ActivationQuantizer(KeepsPositive, nn.Module):
     def integers(self, x: Tensor) -> Tensor:
         """The integers (float, shape of `x`) behind the quantized activations."""
         low, high = self.range
-        return torch.round(x.float() * (1 / self.step)).clamp(low, high)
+        return torch.round(x.float() * (1 / self.effective_step)).clamp(low, high)

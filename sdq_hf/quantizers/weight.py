@@ -34,8 +34,11 @@ from .grids import (
     spacing,
 )
 from .positive import KeepsPositive
+from .power_of_two import nearest_power_of_two
 
 FORMS = ("dorefa", "entropy", "lsq")
+# Units that are powers of two do not go below the first, and in a channel not below the second times the largest one's.
+_LEAST_UNIT, _LEAST_SHARE = 2.0**-20, 2.0**-10
 
 
 def entropy_gamma(bits: int) -> float:
@@ -109,13 +112,39 @@ def scale_gradient(scale: Tensor, factor: float) -> Tensor:
     return _ScaleGradient.apply(scale, factor)
 
 
+def power_of_two_scale(scale: Tensor, grid: str, bits: int) -> Tensor:
+    """The scale nearest to `scale` (any shape) whose unit, `scale / half_range`, is a power of two; straight-through."""
+    half = half_range(grid, bits)
+    return nearest_power_of_two(scale / half) * half
+
+
 @torch.no_grad()
-def best_scale(w: Tensor, form: str, grid: str, bits: int, per_channel: bool = False) -> Tensor:
+def best_scale(
+    w: Tensor, form: str, grid: str, bits: int, per_channel: bool = False, power_of_two: bool = False
+) -> Tensor:
     """The scale (0-d float32) with the least squared error for weights `w`, by closed form or by a search over clips.
 
-    per_channel: one for each output channel of `w` [C, ...], as a [C]; for LSQ only.
+    per_channel: one for each output channel of `w` [C, ...], as a [C]; for LSQ only. power_of_two: of those whose unit is
+    a power of two.
     """
     w = w.detach().to(torch.float32)
+    best = _best_scale(w, form, grid, bits, per_channel)
+    if not power_of_two:
+        return best
+    # A channel of zeros, or of next to nothing beside the others, would ask for integers of any length behind it.
+    least_unit = max(_LEAST_UNIT, _LEAST_SHARE * best.max().item() / half_range(grid, bits))
+    nearest = power_of_two_scale(best.clamp_min(least_unit * half_range(grid, bits)), grid, bits)
+    least = torch.full_like(best, math.inf)
+    for factor in (1.0, 0.5, 2.0):
+        scale = nearest * factor
+        values = _to_channels(scale, w) if per_channel else scale
+        errors = (dequantize(quantize_to_integers(w, form, grid, bits, values), grid, bits, values) - w).square()
+        error = errors.flatten(1).sum(1) if per_channel else errors.sum()
+        best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
+    return best
+
+
+def _best_scale(w: Tensor, form: str, grid: str, bits: int, per_channel: bool) -> Tensor:
     one = torch.ones((), device=w.device)
     if form != "lsq":
         values = dequantize(quantize_to_integers(w, form, grid, bits, one), grid, bits, one)
@@ -126,8 +155,7 @@ def best_scale(w: Tensor, form: str, grid: str, bits: int, per_channel: bool = F
 
     top = (_to_channels(w.abs().flatten(1).amax(1), w) if per_channel else w.abs().max()).clamp_min(1e-8)
     # The best clip falls with the bitwidth: geometric steps from max|w| down to 4 % of it, finer near the top, where
-    # those of 7 and 8 bits are, and each is
-    # then improved by the closed form for its own integers.
+    # those of 7 and 8 bits are, and each is then improved by the closed form for its own integers.
     best, least = top, torch.full_like(top, math.inf)
     factors = torch.cat([torch.logspace(0, math.log10(0.04), 48), torch.linspace(1.02, 0.7, 33)])
     for factor in factors.tolist():
@@ -141,11 +169,11 @@ def best_scale(w: Tensor, form: str, grid: str, bits: int, per_channel: bool = F
     return best.flatten() if per_channel else best
 
 
-def best_channel_scales(w: Tensor, form: str, grid: str, bits: Sequence[int]) -> Tensor:
+def best_channel_scales(w: Tensor, form: str, grid: str, bits: Sequence[int], power_of_two: bool = False) -> Tensor:
     """`best_scale` of each output channel of `w` at its own bitwidth: float32 [C]."""
     scales = torch.empty(len(bits), device=w.device)
     for width, rows in channels_by_bits(bits):
-        scales[rows] = best_scale(w[rows], form, grid, width, per_channel=True)
+        scales[rows] = best_scale(w[rows], form, grid, width, per_channel=True, power_of_two=power_of_two)
     return scales
 
 
@@ -183,22 +211,50 @@ class WeightQuantizer(KeepsPositive, nn.Module):
 
     Holds one parameter, `scale` (float32: 0-d, or [C] with a scale for each output channel, which needs LSQ and which
     channels with bits of their own always have). `bits` is set by the model from its strategy and is not saved here.
+    With `power_of_two` it computes with `effective_scale`, the nearest to it whose unit is a power of two.
     A loaded model has real weights too, those of `latent`. LSQ maps its own output to itself, so a loaded LSQ layer keeps the
     quantized weights, and they are passed through as long as nothing has touched them.
     """
 
-    def __init__(self, form: str, grid: str, bits: int | tuple[int, ...], channels: int | None = None):
+    def __init__(
+        self,
+        form: str,
+        grid: str,
+        bits: int | tuple[int, ...],
+        channels: int | None = None,
+        power_of_two: bool = False,
+    ):
         """`channels`: number of output channels, where each has a scale of its own."""
         super().__init__()
         if channels is not None and form != "lsq":
             raise ValueError(f"Scales for each output channel need the weight quantizer 'lsq', got {form!r}.")
-        self.form, self.grid, self.bits = form, grid, bits
+        self.form, self.grid, self.bits, self.power_of_two = form, grid, bits, power_of_two
         self.scale = nn.Parameter(torch.ones(() if channels is None else channels, dtype=torch.float32))
         # Place and version of weights and scale that are known to belong together: see `mark_quantized`.
         self._quantized: tuple[int, int, int] | None = None
 
     def extra_repr(self) -> str:
-        return f"{self.form}, {self.grid}, bits={bits_text(self.bits)}"
+        return f"{self.form}, {self.grid}, bits={bits_text(self.bits)}" + ", power of two" * self.power_of_two
+
+    @property
+    def effective_scale(self) -> Tensor:
+        """The scale that is computed with (shape of `scale`), differentiable in it."""
+        if not self.power_of_two:
+            return self.scale
+        if isinstance(self.bits, int):
+            return power_of_two_scale(self.scale, self.grid, self.bits)
+        return nearest_power_of_two(self.scale / self._halves()) * self._halves()
+
+    @property
+    def unit(self) -> Tensor:
+        """What an integer of 1 stands for (shape of `scale`), differentiable in `scale`."""
+        if isinstance(self.bits, int):
+            return self.effective_scale / half_range(self.grid, self.bits)
+        return self.effective_scale / self._halves()
+
+    def _halves(self) -> Tensor:
+        assert not isinstance(self.bits, int)
+        return self.scale.new_tensor([half_range(self.grid, bits) for bits in self.bits])
 
     def set_bits(self, bits: int | tuple[int, ...], w: Tensor) -> None:
         """Quantize at `bits` from now on, as many as before; the scale is fitted to the real weights `w`.
@@ -222,7 +278,8 @@ class WeightQuantizer(KeepsPositive, nn.Module):
         rows = [c for c, (before, now) in enumerate(zip(self.bits, bits, strict=True)) if before != now]
         self.bits, self._quantized, self._least = bits, None, None
         if rows and not w.is_meta:
-            self.scale[rows] = best_channel_scales(w[rows], self.form, self.grid, [bits[c] for c in rows])
+            of_rows = [bits[c] for c in rows]
+            self.scale[rows] = best_channel_scales(w[rows], self.form, self.grid, of_rows, self.power_of_two)
 
     @torch.no_grad()
     def fit_scale(self, w: Tensor) -> None:
@@ -230,9 +287,10 @@ class WeightQuantizer(KeepsPositive, nn.Module):
         if w.is_meta:
             return
         if isinstance(self.bits, int):
-            self.scale.copy_(best_scale(w, self.form, self.grid, self.bits, per_channel=self.scale.dim() > 0))
+            per_channel = self.scale.dim() > 0
+            self.scale.copy_(best_scale(w, self.form, self.grid, self.bits, per_channel, self.power_of_two))
         else:
-            self.scale.copy_(best_channel_scales(w, self.form, self.grid, self.bits))
+            self.scale.copy_(best_channel_scales(w, self.form, self.grid, self.bits, self.power_of_two))
         self._least = self._quantized = None
 
     def forward(self, w: Tensor) -> Tensor:
@@ -247,7 +305,7 @@ class WeightQuantizer(KeepsPositive, nn.Module):
                 scale = scale_gradient(scale, 1 / math.sqrt(count * half_range(self.grid, bits)))
             return fake_quantize(w, self.form, self.grid, bits, scale)
 
-        return by_channel(quantized, w.float(), self.bits, self.scale)
+        return by_channel(quantized, w.float(), self.bits, self.effective_scale)
 
     def integers(self, w: Tensor) -> Tensor:
         """The integers (float, shape of `w`) behind the quantized weights."""
@@ -255,7 +313,7 @@ class WeightQuantizer(KeepsPositive, nn.Module):
             lambda w, bits, scale: quantize_to_integers(w, self.form, self.grid, bits, scale),
             w.float(),
             self.bits,
-            self.scale,
+            self.effective_scale,
         )
 
     def codes(self, w: Tensor) -> Tensor:
@@ -273,7 +331,7 @@ class WeightQuantizer(KeepsPositive, nn.Module):
             lambda codes, bits, scale: dequantize(codes_to_integers(codes, self.grid, bits), self.grid, bits, scale),
             codes,
             self.bits,
-            self.scale.detach(),
+            self.effective_scale.detach(),
         )
 
     def packed_size(self, count: int) -> int:

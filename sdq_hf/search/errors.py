@@ -18,7 +18,7 @@ def scale_at(layer: QuantizedLayer, bits: int) -> Tensor:
     """
     quantizer = layer.weight_quantizer
     per_channel = quantizer.scale.dim() > 0
-    return best_scale(layer.weight, quantizer.form, quantizer.grid, bits, per_channel=per_channel)
+    return best_scale(layer.weight, quantizer.form, quantizer.grid, bits, per_channel, quantizer.power_of_two)
 
 
 def weight_at(layer: QuantizedLayer, bits: int | Sequence[int], scale: Tensor | None = None) -> Tensor:

@@ -113,7 +113,8 @@ class Task:
 
         def seen(name: str) -> Callable[[nn.Module, Any], None]:
             def look(module: nn.Module, inputs: Any) -> None:
-                fits = [best_step_and_sign(inputs[0], bits) for bits in self.descent.candidates]
+                power_of_two = self.model.config.scales == "power_of_two"
+                fits = [best_step_and_sign(inputs[0], bits, power_of_two) for bits in self.descent.candidates]
                 signs = torch.tensor([float(signed) for _, signed in fits])
                 found[name] = torch.stack([signs.to(inputs[0].device), torch.stack([step for step, _ in fits])])
 

@@ -46,6 +46,9 @@ class ModelArguments:
     weight_scale: Literal["layer", "channel"] = _option(
         "layer", "What has a scale of its own; channel: each output channel, for 4 bytes of the file."
     )
+    scales: Literal["float", "power_of_two"] = _option(
+        "float", "power_of_two: train in the hardware profile, without batch norm and with scales that are shifts."
+    )
 
 
 @dataclass

@@ -34,7 +34,7 @@ def total_bin_regularization(model: SDQForImageClassification) -> Tensor:
     for name, layer in model.quantized_layers().items():
         quantizer = layer.weight_quantizer
         if not strategy[name].pinned:
-            for weight, bits, scale, _ in channel_parts(layer.weight, quantizer.bits, quantizer.scale):
+            for weight, bits, scale, _ in channel_parts(layer.weight, quantizer.bits, quantizer.effective_scale):
                 terms.append(bin_regularization(weight, quantizer.form, quantizer.grid, bits, scale))
     return torch.stack(terms).sum() if terms else torch.zeros((), device=model.device)
 

@@ -220,6 +220,7 @@ class Run:
             weight_quantizer=model.weight_quantizer,
             weight_grid=model.weight_grid,
             weight_scale=model.weight_scale,
+            scales=model.scales,
             base_model=hub_id(network) if model.pretrained else None,
         )
         if self.arguments.run.grad_checkpointing:

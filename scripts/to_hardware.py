@@ -1,0 +1,154 @@
+"""Put a quantized model in the hardware profile, train it there for a while, and say what that costs.
+
+    python scripts/to_hardware.py runs/demo/models/sdq-bits-2 --output_dir runs/hardware --epochs 1
+    python scripts/to_hardware.py org/resnet18-sdq --dataset FOLDER_OR_HUB_ID --output_dir runs/hardware --epochs 1
+
+In the profile batch norm is folded, scales are powers of two, biases are whole numbers. The model learns there from the
+outputs of the model that it was made from (or of `--teacher`, a file of float weights); bits stay what they are. It is saved
+in output_dir, ready for `sdq-hf export`, with hardware.json: validation and test metrics of the model before, in the profile
+without training, and trained. The epoch is chosen on the validation split; the test split is only reported.
+"""
+
+import json
+import logging
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+from transformers import HfArgumentParser
+
+from sdq_hf import SDQForImageClassification
+from sdq_hf.training.arguments import DataArguments
+from sdq_hf.training.data import load_image_data
+from sdq_hf.training.evaluation import evaluate, logits_of
+from sdq_hf.training.fit import fit
+from sdq_hf.training.loaders import build_loaders
+from sdq_hf.training.losses import distillation
+from sdq_hf.training.optim import OptimizerArguments
+from sdq_hf.writing import remove, write_json
+
+
+@dataclass
+class HardwareArguments:
+    output_dir: str = field(metadata={"help": "Folder for the model in the profile."})
+    teacher: str | None = field(
+        default=None, metadata={"help": "File with float weights of the same network to learn from."}
+    )
+    weight_scale: str | None = field(
+        default=None, metadata={"help": "layer or channel; default: channel, where the weight quantizer can."}
+    )
+    seed: int = field(default=0, metadata={"help": "Of data order, augmentation and the validation split."})
+    cpu: bool = field(default=False, metadata={"help": "Stay on the CPU where there is a GPU."})
+
+
+def main(argv: list[str]) -> int:
+    """Run with the options `argv`; returns the exit code."""
+    if not argv or argv[0].startswith("-"):
+        print(f"usage: to_hardware.py MODEL --output_dir FOLDER [--option value ...]\n\n{__doc__}")
+        return 0 if argv and argv[0] in ("-h", "--help") else 2
+    parser = HfArgumentParser((HardwareArguments, DataArguments, OptimizerArguments), prog="to_hardware.py MODEL")  # type: ignore[arg-type]
+    parser.set_defaults(epochs=1.0, warmup_epochs=0, lr=3e-4)
+    options, data, training = parser.parse_args_into_dataclasses(argv[1:])
+    try:
+        run(argv[0], options, data, training)
+    except (ValueError, OSError) as error:
+        print(f"to_hardware.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run(name: str, options: HardwareArguments, data: DataArguments, training: OptimizerArguments) -> None:
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    set_seed(options.seed)
+    accelerator = Accelerator(cpu=options.cpu)
+    model = SDQForImageClassification.from_pretrained(name).eval().to(accelerator.device)
+    loaders = load(model, options, data, accelerator)
+    teacher: nn.Module = model
+    if options.teacher:
+        twin = SDQForImageClassification.from_timm(
+            model.config.architecture,
+            checkpoint_path=options.teacher,
+            num_labels=model.config.num_labels,
+            model_args=model.config.model_args,
+        )
+        teacher = twin.float_twin().to(accelerator.device)
+    rows = {"before": metrics_of(model, loaders, accelerator, teacher)}
+    profile = model.to_hardware_profile(loaders["calibration"], weight_scale=options.weight_scale)
+    rows["profile"] = metrics_of(profile, loaders, accelerator, teacher)
+    if training.epochs:
+        checkpoints = Path(options.output_dir) / "training"
+        fit(
+            profile,
+            distil_from(teacher),
+            loaders,
+            training,
+            accelerator,
+            checkpoints,
+            name="hardware",
+            eval_metric="kl",
+            reference=teacher,
+        )
+        rows["trained"] = metrics_of(profile, loaders, accelerator, teacher)
+        remove(checkpoints)
+    profile.eval().save_pretrained(options.output_dir)
+    write_json(Path(options.output_dir) / "hardware.json", {"model": Path(name).name, "rows": rows})
+    print(json.dumps(rows, indent=1))
+
+
+def load(
+    model: SDQForImageClassification, options: HardwareArguments, data: DataArguments, accelerator: Accelerator
+) -> dict[str, Any]:
+    """Loaders of all splits, with the sizes and the normalisation of the model."""
+    images = load_image_data(
+        data.dataset,
+        data_dir=data.data_dir,
+        config_name=data.dataset_config,
+        image_column=data.image_column,
+        label_column=data.label_column,
+        train_split=data.train_split,
+        validation_split=data.validation_split,
+        test_split=data.test_split,
+        validation_fraction=data.validation_fraction,
+        seed=options.seed,
+        max_train_samples=data.max_train_samples,
+        max_eval_samples=data.max_eval_samples,
+        on_bad_image=data.on_bad_image,
+        on_missing_class=data.on_missing_class,
+    )
+    if len(images.label_names) != model.config.num_labels:
+        raise ValueError(f"The data has {len(images.label_names)} classes, the model {model.config.num_labels}.")
+    config = model.config.pretrained_cfg or {}
+    loaders = build_loaders(
+        images, config, batch_size=data.batch_size, aug=data.aug, num_workers=data.workers, seed=options.seed
+    )
+    return {split: accelerator.prepare(loader) for split, loader in loaders.items()}
+
+
+def metrics_of(
+    model: nn.Module, loaders: dict[str, Any], accelerator: Accelerator, reference: nn.Module
+) -> dict[str, dict[str, float]]:
+    return {
+        split: evaluate(model, loaders[split], accelerator, reference=reference) for split in ("validation", "test")
+    }
+
+
+def distil_from(teacher: nn.Module) -> Any:
+    def loss(student: nn.Module, images: Tensor, labels: Tensor, progress: float) -> Tensor:
+        with torch.no_grad():
+            target = logits_of(teacher(images))
+        return distillation(logits_of(student(images)), target)
+
+    return loss
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,152 @@
+"""The integer network against the model's own float simulation: equal, number for number."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from sdq_hf import SDQForImageClassification
+from sdq_hf.export.graph import Layer, Quantize
+from sdq_hf.export.lower import ExportError, integer_network
+
+from ..test_hardware_profile import Case, model_of
+
+
+def profile_of(architecture: str = "resnet8_cifar", size: int = 16, **options) -> Case:
+    """A model in the profile whose layers have bits from 1 to 7 in turn."""
+    model, images = model_of(architecture, size, **options)
+    free = [name for name, layer in model.strategy.items() if not layer.pinned]
+    if options.get("granularity") != "kernel":
+        model.set_strategy({name: 1 + i % 7 for i, name in enumerate(free)})
+    return model.to_hardware_profile([images]).eval(), images
+
+
+def simulated(model: SDQForImageClassification, images: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(images).logits.double()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "size", "options"),
+    [
+        ("resnet8_cifar", 16, {}),
+        ("resnet8_cifar", 28, {"activation_bits": 2}),
+        ("resnet8_cifar", 16, {"granularity": "kernel"}),
+        ("resnet8_cifar", 16, {"weight_grid": "twos_complement", "activation_bits": 8}),
+        ("resnet8_cifar", 16, {"weight_quantizer": "dorefa"}),
+        ("mobilenetv1_025_cifar", 28, {}),
+        ("mobilenetv2_025_cifar", 16, {}),
+        ("test_resnet", 32, {}),
+        ("tf_mobilenetv3_small_minimal_100", 64, {}),
+    ],
+)
+def test_integers_and_simulation_agree_exactly(architecture: str, size: int, options: dict):
+    model, images = profile_of(architecture, size, **options)
+    network = integer_network(model)
+    assert torch.equal(network.logits(images), simulated(model, images))
+
+
+@pytest.mark.parametrize("value", [0.0, 1e6, -1e6])
+def test_so_they_do_on_images_that_are_flat_or_saturate_everything(value: float):
+    model, images = profile_of()
+    network = integer_network(model)
+    flat = torch.full_like(images, value)
+    assert torch.equal(network.logits(flat), simulated(model, flat))
+
+
+def test_so_they_do_on_ties_of_the_first_rounding():
+    model, images = profile_of()
+    network = integer_network(model)
+    first = network.nodes[0]
+    assert isinstance(first, Quantize)
+    # Halfway between two integers, everywhere.
+    ties = (torch.randint(first.low, first.high, images.shape) + 0.5) * 2.0**first.exponent
+    assert torch.equal(network.logits(ties), simulated(model, ties))
+    away = network.run(ties, keep=True)[first.name]
+    assert torch.equal(away % 2, torch.zeros_like(away))
+
+
+def test_so_they_do_with_a_layer_whose_weights_are_all_equal_or_all_zero():
+    model, images = profile_of()
+    layers = model.quantized_layers()
+    for name, value in (("layer1.0.conv1", 0.25), ("layer2.0.conv1", 0.0)):
+        layers[name].weight.data.fill_(value)
+        layers[name].weight_quantizer.fit_scale(layers[name].weight)
+    assert torch.equal(integer_network(model).logits(images), simulated(model, images))
+
+
+def test_after_a_file_too(tmp_path: Path):
+    model, images = profile_of()
+    model.save_pretrained(tmp_path, print_size=False)
+    loaded = SDQForImageClassification.from_pretrained(tmp_path)
+    assert torch.equal(integer_network(loaded).logits(images), simulated(model, images))
+
+
+def test_one_weight_more_or_less_is_seen():
+    model, images = profile_of()
+    network = integer_network(model)
+    before = network.logits(images)
+    layer = network.layers["layer2.0.conv2"]
+    layer.weight.view(-1)[7] += 2
+    assert not torch.equal(network.logits(images), before)
+
+
+def test_every_integer_stays_in_its_range_and_sums_in_theirs():
+    model, images = profile_of()
+    network = integer_network(model)
+    values = network.run(torch.cat([images, 1e6 * images, torch.zeros_like(images)]), keep=True)
+    for node in network.nodes:
+        found = values[node.name]
+        assert found.shape[1:] == node.shape
+        assert node.low <= found.min(), node.name
+        assert found.max() <= node.high, node.name
+        if isinstance(node, Layer):
+            # The extreme that can be reached, by a plain loop over the channels.
+            taken = network[node.inputs[0]]
+            lowest = [
+                sum(min(w * taken.low, w * taken.high, 0) for w in row.flatten().tolist()) + min(b, 0)
+                for row, b in zip(node.weight, node.bias.tolist(), strict=True)
+            ]
+            assert node.sum_low == min(lowest)
+
+
+def test_a_convolution_is_a_plain_loop_over_integers():
+    model, images = profile_of(size=8)
+    network = integer_network(model)
+    values = network.run(images[:1], keep=True)
+    node = network.layers["layer2.0.conv1"]
+    x = values[node.inputs[0]][0].tolist()
+    stride, got = node.stride[0], values[node.name][0]
+    assert stride == 2
+    for o in range(3):
+        for row in range(got.shape[1]):
+            for column in range(got.shape[2]):
+                total = int(node.bias[o])
+                for i in range(node.weight.shape[1]):
+                    for u in range(3):
+                        for v in range(3):
+                            r, c = row * stride + u - 1, column * stride + v - 1
+                            if 0 <= r < len(x[0]) and 0 <= c < len(x[0][0]):
+                                total += int(node.weight[o, i, u, v]) * x[i][r][c]
+                assert int(got[o, row, column]) == total << (node.exponents[o] - min(node.exponents))
+
+
+def test_a_model_that_is_not_in_the_profile_is_refused():
+    model, _ = model_of()
+    with pytest.raises(ExportError, match="not in the hardware profile: its scales are floats"):
+        integer_network(model)
+
+
+def test_an_operation_without_an_integer_form_is_refused_by_name():
+    model, images = model_of("resnet8_cifar", model_args={"act_layer": "silu"})
+    with pytest.raises(ExportError, match="'act1' is a SiLU, which has no integer form"):
+        integer_network(model.to_hardware_profile([images]))
+
+
+def test_a_float_layer_is_refused_by_name():
+    model, images = model_of(pins={"layer2.0.conv1": 32})
+    with pytest.raises(ExportError, match=r"Layer 'layer2\.0\.conv1' is float"):
+        integer_network(model.to_hardware_profile([images]))
+    model, images = model_of(activation_bits=32)
+    with pytest.raises(ExportError, match=r"Layer 'layer1\.0\.conv1': its inputs are float"):
+        integer_network(model.to_hardware_profile([images]))

@@ -1,0 +1,145 @@
+"""The hardware profile of a model: no batch norm, scales of powers of two, integer biases."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from sdq_hf import SDQConfig, SDQForImageClassification
+from sdq_hf.backbones import create_backbone
+from sdq_hf.batch_norm import ShiftAvgPool2d, fold_batch_norm
+from sdq_hf.quantizers.power_of_two import exponent
+from sdq_hf.search import search
+
+Case = tuple[SDQForImageClassification, torch.Tensor]
+
+
+def trained_looks(network: nn.Module) -> nn.Module:
+    """Batch norm with statistics and parameters as a training leaves them: none at its initial value."""
+    generator = torch.Generator().manual_seed(0)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor, low, high in (
+                (module.running_mean, -0.3, 0.3),
+                (module.running_var, 0.3, 2.0),
+                (module.weight, 0.5, 1.5),
+                (module.bias, -0.3, 0.3),
+            ):
+                assert tensor is not None
+                tensor.data.uniform_(low, high, generator=generator)
+    return network
+
+
+def model_of(architecture: str = "resnet8_cifar", size: int = 16, **options) -> Case:
+    torch.manual_seed(0)
+    network = trained_looks(create_backbone(architecture, num_classes=5))
+    model = SDQForImageClassification.from_float(network, architecture, img_size=size, **options).eval()
+    images = torch.randn(8, 3, size, size)
+    model.calibrate([images])
+    return model, images
+
+
+@pytest.mark.parametrize(
+    ("architecture", "size"),
+    [
+        ("resnet8_cifar", 28),
+        ("mobilenetv2_025_cifar", 16),
+        ("test_resnet", 32),
+        ("tf_mobilenetv3_small_minimal_100", 96),
+    ],
+)
+def test_folding_keeps_the_function_and_leaves_no_batch_norm(architecture: str, size: int):
+    torch.manual_seed(0)
+    network = trained_looks(create_backbone(architecture, num_classes=5)).double().eval()
+    images = torch.randn(2, 3, size, size, dtype=torch.float64)
+    with torch.no_grad():
+        before = network(images)
+        after = fold_batch_norm(network, (3, size, size))(images)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in network.modules())
+    # Some of the networks average over a number of pixels that is no power of two: 7 x 7 and 3 x 3.
+    assert any(isinstance(module, ShiftAvgPool2d) for module in network.modules())
+    torch.testing.assert_close(after, before, rtol=1e-9, atol=1e-9)
+
+
+def test_a_network_without_a_layer_before_batch_norm_is_refused_by_name():
+    with pytest.raises(
+        ValueError, match=r"Batch norm 'features\.denseblock1\.denselayer1\.norm1' stands behind no conv"
+    ):
+        fold_batch_norm(create_backbone("densenet121"), (3, 32, 32))
+
+
+def test_an_image_of_another_size_than_that_of_the_average_is_refused():
+    model, images = model_of(size=28)
+    profile = model.to_hardware_profile([images])
+    with pytest.raises(ValueError, match="the last average is of 7 x 7 pixels, got 8 x 8"):
+        profile(torch.randn(1, 3, 32, 32))
+
+
+def test_the_profile_has_the_strategy_and_nearly_the_function_of_its_model():
+    model, images = model_of(first_last_bits=8, activation_bits=8)
+    model.set_strategy({"layer1.0.conv1": 5, "layer2.0.conv2": 6})
+    profile = model.to_hardware_profile([images])
+    assert profile.strategy == model.strategy
+    with torch.no_grad():
+        wanted, got = model(images).logits, profile(images).logits
+    assert (got - wanted).norm() < 0.1 * wanted.norm()
+    assert not torch.equal(got, wanted)
+
+
+def test_units_are_powers_of_two_and_biases_whole_numbers_of_them():
+    model, images = model_of()
+    profile = model.to_hardware_profile([images])
+    for layer in profile.quantized_layers().values():
+        inputs, weights = layer.input_quantizer, layer.weight_quantizer
+        assert inputs is not None
+        unit = 2.0 ** (exponent(weights.unit) + exponent(inputs.effective_step)).double()
+        bias = layer.quantized_bias()
+        assert bias is not None
+        whole = bias.double() / unit
+        assert torch.equal(whole, whole.round())
+        assert (bias - layer.bias).abs().max() <= unit.max() / 2
+
+
+@pytest.mark.parametrize("options", [{}, {"granularity": "kernel"}, {"weight_quantizer": "dorefa"}])
+def test_save_and_load_give_the_same_logits(tmp_path: Path, options: dict):
+    model, images = model_of(**options)
+    profile = model.to_hardware_profile([images]).eval()
+    for quantizer in (layer.weight_quantizer for layer in profile.quantized_layers().values()):
+        # As after a training: no power of two any more.
+        quantizer.scale.data *= 1.1
+    profile.save_pretrained(tmp_path, print_size=False)
+    loaded = SDQForImageClassification.from_pretrained(tmp_path)
+    assert loaded.config.scales == "power_of_two"
+    with torch.no_grad():
+        assert torch.equal(loaded(images).logits, profile(images).logits)
+        assert torch.equal(loaded.dequantize()(images).logits, profile(images).logits)
+
+
+def test_it_can_be_searched_and_trained_from_the_start():
+    torch.manual_seed(0)
+    network = trained_looks(create_backbone("resnet8_cifar", num_classes=5))
+    model = SDQForImageClassification.from_float(network, "resnet8_cifar", img_size=16, scales="power_of_two")
+    batches = [{"pixel_values": torch.randn(8, 3, 16, 16)} for _ in range(4)]
+    model.calibrate(batches)
+    (strategy,) = search(model, batches, budgets=[3.0], max_batches=2000)
+    assert strategy.average_bits() <= 3.0
+    model.set_strategy(strategy)
+    model.train()
+    logits = model(batches[0]["pixel_values"]).logits
+    logits.square().sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.any(), name
+
+
+def test_a_profile_has_no_profile():
+    model, images = model_of()
+    with pytest.raises(ValueError, match="in the hardware profile already"):
+        model.to_hardware_profile([images]).to_hardware_profile([images])
+
+
+def test_scales_are_checked():
+    with pytest.raises(ValueError, match="scales must be one of float, power_of_two, got 'powers'"):
+        SDQConfig(scales="powers")
