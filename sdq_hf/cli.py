@@ -8,6 +8,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import datasets
+import torch
 import transformers
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
@@ -20,6 +22,8 @@ from .costs import bitops_text
 from .layers import PACKED, is_quantizer_state
 from .strategy import FLOAT_BITS, LayerBits, Strategy, bits_text
 
+# Of sdq_hf.export.artefacts, which is imported when it is used.
+EXPORT_TARGETS = ("qonnx",)
 _MODEL_HELP = "Folder of a saved model, or Hub id; a revision may follow after @, as in org/resnet18-sdq@w2.5."
 
 
@@ -74,6 +78,30 @@ def _parser() -> argparse.ArgumentParser:
     push.add_argument("--create-pr", action="store_true", help="Open a pull request in place of a commit.")
     push.add_argument("--commit-message", help="Default: the network and its average bits.")
     push.set_defaults(run=_push)
+
+    export = commands.add_parser(
+        "export",
+        help="export a model in the hardware profile, with a proof",
+        description="Write exports of a model in the hardware profile (scripts/to_hardware.py makes one), its integers, a "
+        "manifest of the arithmetic, and verification.json: each export beside the integer reference, equal or "
+        "not, on real images and on some made to break it. An export that fails leaves nothing.",
+        epilog="Example: sdq-hf export runs/hardware --to qonnx onnx --output runs/exports",
+    )
+    export.add_argument("model", help=_MODEL_HELP)
+    export.add_argument(
+        "--to", nargs="+", required=True, metavar="TARGET", help="One or more of: " + ", ".join(EXPORT_TARGETS) + "."
+    )
+    export.add_argument("--output", type=Path, required=True, help="Folder of the exports.")
+    export.add_argument("--dataset", help="Data set of the real images, as in run_sdq.py; default: the bundled sample.")
+    export.add_argument("--data-dir", help="As in run_sdq.py.")
+    export.add_argument("--images", type=int, default=256, help="Real images, of the test split; default: 256.")
+    export.add_argument(
+        "--verify",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="Compare the exports with the integers; on by default.",
+    )
+    export.set_defaults(run=_export)
     return parser
 
 
@@ -128,6 +156,26 @@ def _push(options: argparse.Namespace) -> int:
             print(f"Published {revision}: {address}")
     else:
         print(f"Published: {publish_folder(options.folder, options.repo_id, revision=options.revision, **common)}")
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from .export.artefacts import check_targets, export_model
+    from .modeling_sdq import SDQForImageClassification
+    from .training.data import load_image_data
+    from .training.loaders import build_loaders
+
+    check_targets(options.to)
+    if options.images < 1:
+        raise ValueError(f"--images must be at least 1, got {options.images}.")
+    name, revision = _split(options.model)
+    model = SDQForImageClassification.from_pretrained(name, revision=revision).eval()
+    datasets.disable_progress_bars()
+    data = load_image_data(options.dataset, data_dir=options.data_dir, max_eval_samples=options.images)
+    loaders = build_loaders(data, model.config.pretrained_cfg or {}, aug="none")
+    images = torch.cat([batch["pixel_values"] for batch in loaders["test"]])[: options.images]
+    report = export_model(model, options.output, options.to, images, options.verify, say=print)
+    print(f"Exported {', '.join(options.to)} to {options.output}" + ("" if report["verified"] else ", not verified"))
     return 0
 
 

@@ -1,0 +1,160 @@
+"""Exports of a model in one folder, with their description and their proof.
+
+integers.safetensors   integers of weights and biases
+manifest.json          everything that is done with them, sha256 of the files, versions
+verification.json      each export beside the integer reference
+model.qonnx.onnx, ...  the exports asked for
+"""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..modeling_sdq import SDQForImageClassification
+from ..writing import remove, save_tensors, write_json, writing
+from .graph import IntegerNetwork
+from .lower import ExportError, integer_network
+from .manifest import integers, manifest, versions
+from .verify import REAL, Comparison, Runner, cases, compare, simulation, with_one_weight_changed
+
+
+class VerificationError(ExportError):
+    """An export that does not compute the integers."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a target has left: how to run it, and what is claimed of it. `most_images`: so many are enough, as it is slow."""
+
+    run: Runner
+    exact: bool = True
+    most_images: int | None = None
+
+
+def _qonnx(network: IntegerNetwork, folder: Path, images: Tensor) -> Written:
+    from .qonnx import export_qonnx, run_qonnx
+
+    path = folder / "model.qonnx.onnx"
+    export_qonnx(network, path)
+    return Written(lambda batch: run_qonnx(path, batch), most_images=256)
+
+
+# What can be exported: (network, folder, real images) -> what was written.
+TARGETS: dict[str, Callable[[IntegerNetwork, Path, Tensor], Written]] = {"qonnx": _qonnx}
+
+
+def check_targets(targets: Sequence[str]) -> None:
+    """`ExportError` with near names for a target that is unknown."""
+    for target in targets:
+        if target not in TARGETS:
+            near = get_close_matches(target, TARGETS, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ExportError(f"Unknown target {target!r}: expected one of {', '.join(TARGETS)}.{hint}")
+
+
+def export_model(
+    model: SDQForImageClassification,
+    folder: str | Path,
+    targets: Sequence[str],
+    images: Tensor,
+    verify: bool = True,
+    say: Callable[[str], Any] = lambda text: None,
+) -> Mapping[str, Any]:
+    """Write the exports of `model`, which must be in the hardware profile, into `folder`, and compare them with the integers.
+
+    Args:
+        targets: names of `TARGETS`.
+        images: real ones, as the model takes them (float32 [B, C, H, W]).
+        verify: run each export on the images and on ones made to break it. Without it verification.json says so.
+        say: called with a line about each step.
+
+    Gives what stands in verification.json. Raises `ExportError` for what cannot be exported, and `VerificationError` where
+    an export does not compute the integers: then nothing is left in `folder` but verification.json, in FOLDER.failed.
+    """
+    check_targets(targets)
+    folder = Path(folder)
+    if folder.exists() and not (folder / "manifest.json").exists() and any(folder.iterdir()):
+        raise ExportError(f"{folder} is not empty and holds no earlier export: choose another folder.")
+    network = integer_network(model)
+    beside, failed = (folder.with_name(folder.name + end) for end in (".new", ".failed"))
+    remove(beside)
+    remove(failed)
+    with writing(beside):
+        beside.mkdir(parents=True)
+        try:
+            return _export(model, network, beside, folder, targets, images, verify, say)
+        except BaseException:
+            remove(beside)
+            raise
+
+
+def _export(
+    model: SDQForImageClassification,
+    network: IntegerNetwork,
+    beside: Path,
+    folder: Path,
+    targets: Sequence[str],
+    images: Tensor,
+    verify: bool,
+    say: Callable[[str], Any],
+) -> Mapping[str, Any]:
+    save_tensors(integers(network), beside / "integers.safetensors")
+    written = {}
+    for target in targets:
+        say(f"{target}: writing")
+        written[target] = TARGETS[target](network, beside, images)
+    report: dict[str, Any] = {"verified": False, "versions": versions()}
+    if verify:
+        report = _verification(model, network, written, images, say)
+    if report.get("failed"):
+        failed = folder.with_name(folder.name + ".failed")
+        write_json(failed / "verification.json", report)
+        raise VerificationError(
+            f"Not the integers of the model: {', '.join(report['failed'])}. Nothing was exported; "
+            f"{failed / 'verification.json'} has the numbers."
+        )
+    write_json(beside / "verification.json", report)
+    files = sorted(path for path in beside.rglob("*") if path.is_file())
+    write_json(beside / "manifest.json", manifest(network, model.strategy, files))
+    remove(folder)
+    os.replace(beside, folder)
+    return report
+
+
+@torch.no_grad()
+def _verification(
+    model: SDQForImageClassification,
+    network: IntegerNetwork,
+    written: Mapping[str, Written],
+    images: Tensor,
+    say: Callable[[str], Any],
+) -> dict[str, Any]:
+    say(f"integers: {len(images)} images")
+    found: list[Comparison] = []
+    sets = cases(network, images)
+    for name, export in {"simulation": Written(simulation(model)), **written}.items():
+        for case in sets:
+            few = case if export.most_images is None else case.first(export.most_images)
+            found.append(compare(name, export.run, few, export.exact))
+            result = found[-1]
+            verdict = (
+                "equal" if result.equal else f"same top-1 {result.same_top1:.2f} %, off by {result.max_difference:.3g}"
+            )
+            say(f"{name}: {result.count} {case.name} images, {verdict}")
+    _, layer = with_one_weight_changed(network, images)
+    return {
+        "verified": True,
+        "reference": "int64 arithmetic (sdq_hf.export.graph)",
+        "control": f"the sign of one weight of layer {layer} changed",
+        "comparisons": [asdict(comparison) for comparison in found],
+        "failed": sorted({c.what for c in found if c.failed}),
+        "inexact_in_float32": network.inexact_in_float32(),
+        "images": {REAL: len(images)},
+        "versions": versions(),
+    }

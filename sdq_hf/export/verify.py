@@ -1,0 +1,124 @@
+"""Proof that an export computes the integers: by equality, on real images and on inputs made to break it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..modeling_sdq import SDQForImageClassification
+from .graph import IntegerNetwork, Quantize
+from .lower import ExportError
+
+REAL, MADE = "real", "made"
+# Images (float32 [B, C, H, W]) -> logits (float [B, num_labels]).
+Runner = Callable[[Tensor], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One way to compute the logits beside the integer reference, on one set of images.
+
+    exact: whether equality is claimed, and so asked for; of others same_top1 says how often the first guess is the same, in
+    percent. differ_from_control: images whose logits are not those of the network with one weight changed; none that differ
+    would mean that nothing was compared.
+    """
+
+    what: str
+    images: str
+    count: int
+    equal: bool
+    max_difference: float
+    same_top1: float
+    differ_from_control: int
+    exact: bool
+
+    @property
+    def failed(self) -> bool:
+        return (self.exact and not self.equal) or (self.images == REAL and not self.differ_from_control)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Images (float32 [B, C, H, W]) and the logits (float64 [B, num_labels]) of the integers and of the control."""
+
+    name: str
+    images: Tensor
+    reference: Tensor
+    control: Tensor
+
+    def first(self, count: int) -> "Case":
+        return Case(self.name, self.images[:count], self.reference[:count], self.control[:count])
+
+
+def cases(network: IntegerNetwork, images: Tensor) -> list[Case]:
+    """The real images, and those made to break an export."""
+    changed, _ = with_one_weight_changed(network, images)
+    sets = {REAL: images, MADE: made_images(network)}
+    return [Case(name, batch, network.logits(batch), changed.logits(batch)) for name, batch in sets.items()]
+
+
+def compare(what: str, run: Runner, case: Case, exact: bool = True) -> Comparison:
+    """Compare what `run` computes of the images of `case` with the integers."""
+    got = torch.as_tensor(np.asarray(run(case.images))).double().reshape(case.reference.shape)
+    return Comparison(
+        what=what,
+        images=case.name,
+        count=len(case.images),
+        equal=bool((got == case.reference).all()),
+        max_difference=float((got - case.reference).abs().max()),
+        same_top1=100 * float((got.argmax(1) == case.reference.argmax(1)).double().mean()),
+        differ_from_control=int((got != case.control).any(dim=1).sum()),
+        exact=exact,
+    )
+
+
+def made_images(network: IntegerNetwork, seed: int = 0) -> Tensor:
+    """Images made to break an export (float32 [6, C, H, W]).
+
+    Nothing, all at either end of the first layer's range and far beyond it, halves between its integers, and noise.
+    """
+    first = network.nodes[0]
+    assert isinstance(first, Quantize)
+    generator, size, unit = torch.Generator().manual_seed(seed), network.input_size, 2.0**first.exponent
+    integers = torch.randint(first.low, first.high, size, generator=generator)
+    return torch.stack(
+        [
+            torch.zeros(size),
+            torch.full(size, first.low * unit),
+            torch.full(size, first.high * unit),
+            torch.full(size, 1000.0 * first.high * unit),
+            (integers + 0.5) * unit,
+            torch.randn(size, generator=generator) * first.high * unit,
+        ]
+    )
+
+
+def simulation(model: SDQForImageClassification) -> Runner:
+    """The model's own forward pass in float32."""
+
+    @torch.no_grad()
+    def run(images: Tensor) -> np.ndarray:
+        return model.eval()(images.to(model.device)).logits.cpu().numpy()
+
+    return run
+
+
+def with_one_weight_changed(network: IntegerNetwork, images: Tensor) -> tuple[IntegerNetwork, str]:
+    """A negative control: a copy with the sign of one weight changed, and the name of that weight's layer.
+
+    It is the largest weight of the first layer, from the middle of the network on, where the change shows in the logits of
+    at least half of `images`; further in front it may vanish in the rounding behind it.
+    """
+    reference, layers = network.logits(images), list(network.layers.values())
+    for layer in layers[len(layers) // 2 :]:
+        weight = layer.weight.clone()
+        weight.view(-1)[int(weight.abs().argmax())] *= -1
+        changed = replace(layer, weight=weight)
+        copy = replace(network, nodes=tuple(changed if node is layer else node for node in network.nodes))
+        if 2 * int((copy.logits(images) != reference).any(dim=1).sum()) >= len(images):
+            return copy, layer.name
+    raise ExportError(
+        "No single weight shows in the logits of half of the images: are they images, and is this a trained model?"
+    )

@@ -1,0 +1,126 @@
+"""Folders of exports: what is in them, and that nothing is left of one that fails."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sdq_hf.cli import EXPORT_TARGETS, main
+from sdq_hf.export import artefacts
+from sdq_hf.export.artefacts import VerificationError, Written, export_model
+from sdq_hf.export.graph import Layer
+from sdq_hf.export.lower import ExportError, integer_network
+from sdq_hf.export.verify import made_images
+
+from .test_lower import profile_of
+
+
+def test_a_folder_describes_its_integers(tmp_path: Path):
+    model, images = profile_of()
+    report = export_model(model, tmp_path / "out", [], images)
+    assert json.loads((tmp_path / "out" / "verification.json").read_text()) == report
+    assert [(c["what"], c["images"], c["equal"]) for c in report["comparisons"]] == [
+        ("simulation", "real", True),
+        ("simulation", "made", True),
+    ]
+    described = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    for name, digest in described["files"].items():
+        assert hashlib.sha256((tmp_path / "out" / name).read_bytes()).hexdigest() == digest
+    tensors = load_file(tmp_path / "out" / "integers.safetensors")
+    network = integer_network(model)
+    nodes = {node["name"]: node for node in described["nodes"]}
+    assert list(nodes) == [node.name for node in network.nodes]
+    for name, layer in network.layers.items():
+        weight = tensors[f"{name}.weight"]
+        assert torch.equal(weight.long(), layer.weight)
+        assert hashlib.sha256(weight.numpy().astype(np.int32).tobytes()).hexdigest() == nodes[name]["weight_sha256"]
+        assert torch.equal(tensors[f"{name}.bias"].long(), layer.bias)
+        # The quantized weights of the model, from what the file holds alone.
+        units = 2.0 ** tensors[f"{name}.exponents"].double().view(-1, *[1] * (weight.dim() - 1))
+        with torch.no_grad():
+            assert torch.equal(weight.double() * units, model.quantized_layers()[name].quantized_weight().double())
+
+
+def wrong(network, folder: Path, images: torch.Tensor) -> Written:
+    (folder / "wrong.onnx").write_text("looks like an export")
+    return Written(lambda batch: network.logits(batch).numpy() + 2.0**-20)
+
+
+def test_an_export_that_is_not_the_integers_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    model, images = profile_of()
+    monkeypatch.setitem(artefacts.TARGETS, "wrong", wrong)
+    export_model(model, tmp_path / "out", [], images)
+    before = sorted(path.name for path in (tmp_path / "out").iterdir())
+    with pytest.raises(VerificationError, match="Not the integers of the model: wrong"):
+        export_model(model, tmp_path / "out", ["wrong"], images)
+    # The earlier export is what it was.
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == before
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "out.failed"}
+    assert [path.name for path in (tmp_path / "out.failed").iterdir()] == ["verification.json"]
+    report = json.loads((tmp_path / "out.failed" / "verification.json").read_text())
+    assert report["failed"] == ["wrong"]
+
+
+def test_an_export_that_compares_nothing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """One that would call the control equal too."""
+    model, images = profile_of()
+    changed, layer = artefacts.with_one_weight_changed(integer_network(model), images)
+    assert isinstance(changed[layer], Layer)
+    monkeypatch.setitem(
+        artefacts.TARGETS, "control", lambda *_: Written(lambda x: changed.logits(x).numpy(), exact=False)
+    )
+    with pytest.raises(VerificationError, match="control"):
+        export_model(model, tmp_path / "out", ["control"], images)
+
+
+def test_made_images_reach_both_ends_and_every_tie():
+    model, _ = profile_of()
+    network = integer_network(model)
+    first = network.nodes[0]
+    integers = first.run(made_images(network))
+    assert integers.min() == first.low
+    assert integers.max() == first.high
+    zero, low, high, far, ties, _ = integers
+    assert not zero.any()
+    assert (low == first.low).all()
+    assert torch.equal(high, far)
+    assert not (ties % 2).any()
+
+
+def test_a_folder_with_something_else_in_it_is_left_alone(tmp_path: Path):
+    model, images = profile_of()
+    (tmp_path / "mine.txt").write_text("keep me")
+    with pytest.raises(ExportError, match="is not empty and holds no earlier export"):
+        export_model(model, tmp_path, [], images)
+    assert (tmp_path / "mine.txt").read_text() == "keep me"
+
+
+def test_the_command_knows_the_targets():
+    assert tuple(artefacts.TARGETS) == EXPORT_TARGETS
+
+
+def test_the_command_exports_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture):
+    pytest.importorskip("qonnx")
+    model, _ = profile_of("resnet8_cifar", 28)
+    model.config.id2label = {i: str(i) for i in range(5)}
+    model.save_pretrained(tmp_path / "model", print_size=False)
+    command = ["export", str(tmp_path / "model"), "--output", str(tmp_path / "out"), "--images", "2"]
+    assert main([*command, "--to", "qonnx"]) == 0
+    assert "qonnx: 2 real images, equal" in capsys.readouterr().out
+    assert (tmp_path / "out" / "model.qonnx.onnx").exists()
+    assert main([*command, "--to", "qonx"]) == 2
+    assert "Did you mean 'qonnx'?" in capsys.readouterr().err
+
+
+def test_the_command_refuses_a_model_that_is_not_in_the_profile(tmp_path: Path, capsys: pytest.CaptureFixture):
+    from ..test_hardware_profile import model_of
+
+    model, _ = model_of("resnet8_cifar", 28)
+    model.save_pretrained(tmp_path / "model", print_size=False)
+    assert main(["export", str(tmp_path / "model"), "--output", str(tmp_path / "out"), "--to", "qonnx"]) == 2
+    assert "not in the hardware profile" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
