@@ -1,7 +1,7 @@
 """Put a quantized model in the hardware profile, train it there for a while, and say what that costs.
 
-    python scripts/to_hardware.py runs/demo/models/sdq-bits-2 --output_dir runs/hardware --epochs 1
-    python scripts/to_hardware.py org/resnet18-sdq --dataset FOLDER_OR_HUB_ID --output_dir runs/hardware --epochs 1
+    python scripts/to_hardware.py --model runs/demo/models/sdq-bits-2 --output_dir runs/hardware
+    python scripts/to_hardware.py --model org/resnet18-sdq --dataset FOLDER_OR_HUB_ID --output_dir runs/hardware --epochs 2
 
 In the profile batch norm is folded, scales are powers of two, biases are whole numbers. The model learns there from the
 outputs of the model that it was made from (or of `--teacher`, a file of float weights); bits stay what they are. It is saved
@@ -22,10 +22,10 @@ import transformers
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
-from transformers import HfArgumentParser
 
 from sdq_hf import SDQForImageClassification
-from sdq_hf.training.arguments import DataArguments
+from sdq_hf.backbones import create_backbone
+from sdq_hf.training.arguments import ArgumentError, DataArguments, parse_groups
 from sdq_hf.training.data import load_image_data
 from sdq_hf.training.evaluation import evaluate, logits_of
 from sdq_hf.training.fit import fit
@@ -37,6 +37,7 @@ from sdq_hf.writing import remove, write_json
 
 @dataclass
 class HardwareArguments:
+    model: str = field(metadata={"help": "Folder or Hub id of a quantized model."})
     output_dir: str = field(metadata={"help": "Folder for the model in the profile."})
     teacher: str | None = field(
         default=None, metadata={"help": "File with float weights of the same network to learn from."}
@@ -50,37 +51,32 @@ class HardwareArguments:
 
 def main(argv: list[str]) -> int:
     """Run with the options `argv`; returns the exit code."""
-    if not argv or argv[0].startswith("-"):
-        print(f"usage: to_hardware.py MODEL --output_dir FOLDER [--option value ...]\n\n{__doc__}")
-        return 0 if argv and argv[0] in ("-h", "--help") else 2
-    parser = HfArgumentParser((HardwareArguments, DataArguments, OptimizerArguments), prog="to_hardware.py MODEL")  # type: ignore[arg-type]
-    parser.set_defaults(epochs=1.0, warmup_epochs=0, lr=3e-4)
-    options, data, training = parser.parse_args_into_dataclasses(argv[1:])
     try:
-        run(argv[0], options, data, training)
+        groups = (HardwareArguments, DataArguments, OptimizerArguments)
+        description = str(__doc__).split("\n", 1)[0]
+        options, data, training = parse_groups(
+            groups, argv, "to_hardware.py", description, epochs=1.0, warmup_epochs=0, lr=3e-4
+        )
+        run(options, data, training)
     except (ValueError, OSError) as error:
         print(f"to_hardware.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
 
 
-def run(name: str, options: HardwareArguments, data: DataArguments, training: OptimizerArguments) -> None:
+def run(options: HardwareArguments, data: DataArguments, training: OptimizerArguments) -> None:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     set_seed(options.seed)
     accelerator = Accelerator(cpu=options.cpu)
-    model = SDQForImageClassification.from_pretrained(name).eval().to(accelerator.device)
+    model = SDQForImageClassification.from_pretrained(options.model).eval().to(accelerator.device)
     loaders = load(model, options, data, accelerator)
     teacher: nn.Module = model
     if options.teacher:
-        twin = SDQForImageClassification.from_timm(
-            model.config.architecture,
-            checkpoint_path=options.teacher,
-            num_labels=model.config.num_labels,
-            model_args=model.config.model_args,
-        )
-        teacher = twin.float_twin().to(accelerator.device)
+        arguments = {"num_classes": model.config.num_labels, **model.config.model_args}
+        teacher = create_backbone(model.config.architecture, checkpoint_path=options.teacher, **arguments)
+        teacher = teacher.eval().to(accelerator.device)
     rows = {"before": metrics_of(model, loaders, accelerator, teacher)}
     profile = model.to_hardware_profile(loaders["calibration"], weight_scale=options.weight_scale)
     rows["profile"] = metrics_of(profile, loaders, accelerator, teacher)
@@ -100,14 +96,21 @@ def run(name: str, options: HardwareArguments, data: DataArguments, training: Op
         rows["trained"] = metrics_of(profile, loaders, accelerator, teacher)
         remove(checkpoints)
     profile.eval().save_pretrained(options.output_dir)
-    write_json(Path(options.output_dir) / "hardware.json", {"model": Path(name).name, "rows": rows})
+    write_json(Path(options.output_dir) / "hardware.json", {"model": Path(options.model).name, "rows": rows})
     print(json.dumps(rows, indent=1))
+
+
+# Options of run_sdq.py that have no place here: the model has its own size, and learns from outputs of whole images.
+_NOT_HERE = ("streaming", "img_size", "mixup", "cutmix", "label_smoothing", "prefetch_factor", "pin_memory")
 
 
 def load(
     model: SDQForImageClassification, options: HardwareArguments, data: DataArguments, accelerator: Accelerator
 ) -> dict[str, Any]:
     """Loaders of all splits, with the sizes and the normalisation of the model."""
+    for name in _NOT_HERE:
+        if getattr(data, name) != getattr(DataArguments(), name):
+            raise ArgumentError(f"--{name} has no place in to_hardware.py: leave it out")
     images = load_image_data(
         data.dataset,
         data_dir=data.data_dir,

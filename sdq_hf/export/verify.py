@@ -1,5 +1,6 @@
 """Proof that an export computes the integers: by equality, on real images and on inputs made to break it."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -95,12 +96,13 @@ def made_images(network: IntegerNetwork, seed: int = 0) -> Tensor:
     )
 
 
-def simulation(model: SDQForImageClassification) -> Runner:
-    """The model's own forward pass in float32."""
+def simulation(model: SDQForImageClassification, dtype: torch.dtype) -> Runner:
+    """The model's own forward pass, computed in `dtype`: float32 as ever, or float64, which holds every integer there is."""
+    model = copy.deepcopy(model).to(dtype).eval()
 
     @torch.no_grad()
     def run(images: Tensor) -> np.ndarray:
-        return model.eval()(images.to(model.device)).logits.cpu().numpy()
+        return model(images.to(model.device, dtype)).logits.cpu().numpy()
 
     return run
 

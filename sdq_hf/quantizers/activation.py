@@ -179,7 +179,9 @@ class ActivationQuantizer(KeepsPositive, nn.Module):
             self.fit(x)
         self.keep_positive(self.step)
         low, high = self.range
-        dtype, x = x.dtype, x.float()
+        dtype = x.dtype
+        # What is finer stays so: a model in float64 computes exactly what integers would.
+        x = x if dtype == torch.float64 else x.float()
         if torch.is_grad_enabled() and (x.requires_grad or self.step.requires_grad):
             y = _LearnedStep.apply(x, self.effective_step, low, high, 1 / math.sqrt(x.numel() * high), self.compact)
         else:

@@ -246,14 +246,33 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
         FinetuneArguments,
         RunArguments,
     ]
+    parsed = parse_groups(
+        groups,
+        argv,
+        "run_sdq.py",
+        "Learn the bitwidth of each layer (SDQ), fine-tune at those bits, and write a packed model.",
+    )
+    arguments = Arguments(*parsed)
+    _check(arguments)
+    return arguments
+
+
+def parse_groups(
+    groups: Sequence[Any], argv: Sequence[str], prog: str, description: str, **defaults: Any
+) -> tuple[Any, ...]:
+    """One object of each dataclass in `groups` from the options `argv`, as `parse_arguments` reads them.
+
+    defaults: in place of those of the dataclasses.
+    """
     parser = _Parser(
         groups,
         allow_abbrev=False,
-        prog="run_sdq.py",
-        usage="run_sdq.py [FILE.yaml] [--option value ...]",
-        description="Learn the bitwidth of each layer (SDQ), fine-tune at those bits, and write a packed model.",
+        prog=prog,
+        usage=f"{prog} [FILE.yaml] [--option value ...]",
+        description=description,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
+    parser.set_defaults(**defaults)
     argv = list(argv)
     if argv and argv[0].endswith((".yaml", ".yml")):
         argv = _yaml_options(Path(argv[0]), {f.name for group in groups for f in fields(group)}) + argv[1:]
@@ -265,9 +284,7 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
         raise ArgumentError(str(error)) from None
     if rest:
         raise parser.unknown(rest[0])
-    arguments = Arguments(*parsed)
-    _check(arguments)
-    return arguments
+    return tuple(parsed)
 
 
 def _yaml_options(path: Path, known: set[str]) -> list[str]:

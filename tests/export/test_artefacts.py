@@ -24,8 +24,10 @@ def test_a_folder_describes_its_integers(tmp_path: Path):
     report = export_model(model, tmp_path / "out", [], images)
     assert json.loads((tmp_path / "out" / "verification.json").read_text()) == report
     assert [(c["what"], c["images"], c["equal"]) for c in report["comparisons"]] == [
-        ("simulation", "real", True),
-        ("simulation", "made", True),
+        ("model in float64", "real", True),
+        ("model in float64", "made", True),
+        ("model in float32", "real", True),
+        ("model in float32", "made", True),
     ]
     described = json.loads((tmp_path / "out" / "manifest.json").read_text())
     for name, digest in described["files"].items():

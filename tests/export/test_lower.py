@@ -8,6 +8,7 @@ import torch
 from sdq_hf import SDQForImageClassification
 from sdq_hf.export.graph import Layer, Quantize
 from sdq_hf.export.lower import ExportError, integer_network
+from sdq_hf.quantizers.positive import set_floors
 
 from ..test_hardware_profile import Case, model_of
 
@@ -73,6 +74,19 @@ def test_so_they_do_with_a_layer_whose_weights_are_all_equal_or_all_zero():
         layers[name].weight.data.fill_(value)
         layers[name].weight_quantizer.fit_scale(layers[name].weight)
     assert torch.equal(integer_network(model).logits(images), simulated(model, images))
+
+
+def test_integers_too_long_for_float32_agree_in_float64():
+    model, images = profile_of()
+    # Weights of next to nothing, as a layer has that timm starts at zero.
+    layer = model.quantized_layers()["layer2.0.conv2"]
+    layer.weight.data.mul_(2.0**-24)
+    layer.weight_quantizer.scale.data.mul_(2.0**-24)
+    set_floors(layer, {"weight_quantizer": None})
+    network = integer_network(model)
+    assert "layer2.0.conv2" in network.inexact_in_float32()
+    assert not torch.equal(network.logits(images), simulated(model, images))
+    assert torch.equal(network.logits(images), simulated(model.double(), images.double()))
 
 
 def test_after_a_file_too(tmp_path: Path):

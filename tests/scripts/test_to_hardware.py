@@ -1,0 +1,96 @@
+"""`to_hardware.py` on a model of the small data set of the other run tests."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
+from PIL import Image as PILImage
+
+from sdq_hf import SDQForImageClassification
+from sdq_hf.backbones import create_backbone
+from sdq_hf.export.lower import integer_network
+from tests.test_hardware_profile import trained_looks
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "to_hardware.py"
+SIZE, CLASSES = 16, 4
+
+
+@pytest.fixture(scope="module")
+def main():
+    spec = importlib.util.spec_from_file_location("to_hardware", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Squares, each class in a corner of its own, under noise."""
+    random, folder = np.random.default_rng(0), tmp_path_factory.mktemp("images")
+
+    def rows(count: int) -> Dataset:
+        labels = [i % CLASSES for i in range(count)]
+        pictures = []
+        for label in labels:
+            picture = random.integers(0, 60, (SIZE, SIZE), dtype=np.uint8)
+            row, column = 8 * (label // 2), 8 * (label % 2)
+            picture[row : row + 8, column : column + 8] += 120
+            pictures.append(PILImage.fromarray(picture))
+        features = Features({"image": Image(), "label": ClassLabel(names=list("abcd"))})
+        return Dataset.from_dict({"image": pictures, "label": labels}, features=features)
+
+    DatasetDict({"train": rows(256), "validation": rows(64), "test": rows(64)}).save_to_disk(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    network = SDQForImageClassification.from_float(
+        trained_looks(create_backbone("resnet8_cifar", num_classes=CLASSES, in_chans=1)),
+        "resnet8_cifar",
+        id2label=dict(enumerate("abcd")),
+        img_size=SIZE,
+        model_args={"in_chans": 1},
+    ).eval()
+    network.set_strategy(2)
+    network.calibrate([torch.randn(16, 1, SIZE, SIZE)])
+    network.save_pretrained(folder, print_size=False)
+    return folder
+
+
+def test_it_leaves_a_model_in_the_profile_and_its_metrics(main, images: Path, model: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    command = ["--model", str(model), "--output_dir", str(out), "--dataset", str(images), "--cpu", "true"]
+    assert main([*command, "--epochs", "3", "--lr", "0.001", "--batch_size", "32", "--aug", "none"]) == 0
+    rows = json.loads((out / "hardware.json").read_text())["rows"]
+    # It learns from the model that it was made from.
+    assert rows["before"]["validation"]["kl"] == 0
+    assert 0 < rows["trained"]["validation"]["kl"] < rows["profile"]["validation"]["kl"]
+    loaded = SDQForImageClassification.from_pretrained(out)
+    assert loaded.strategy == SDQForImageClassification.from_pretrained(model).strategy
+    pixels = torch.randn(3, 1, SIZE, SIZE)
+    with torch.no_grad():
+        assert torch.equal(integer_network(loaded.eval()).logits(pixels), loaded(pixels).logits.double())
+    assert {path.name for path in out.iterdir()} == {"config.json", "hardware.json", "model.safetensors"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--mixup", "0.2"], "--mixup has no place in to_hardware.py"),
+        (["--epochss", "2"], "did you mean --epochs?"),
+        (["--weight_scale", "row"], "weight_scale must be one of layer, channel, got 'row'"),
+    ],
+)
+def test_a_wrong_option_is_one_line(main, images, model, tmp_path, capsys, options: list[str], message: str):
+    out = tmp_path / "out"
+    command = ["--model", str(model), "--output_dir", str(out), "--dataset", str(images), "--cpu", "true"]
+    assert main([*command, *options]) == 2
+    assert message in capsys.readouterr().err
+    assert not out.exists()
