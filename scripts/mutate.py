@@ -2,6 +2,7 @@
 
     python scripts/mutate.py --out docs/benchmarks/mutants.json
     python scripts/mutate.py --modules packing quantizers/grids --sample 40
+    python scripts/mutate.py --again docs/benchmarks/mutants.json       # only those that no test noticed
 
 A mutant is a module with one change: + and - swapped, * and /, < and <=, min and max, `and` and `or`, a constant off by one,
 a `detach` or a `not` dropped. Each runs the tests of its module in a fork of one process that has imported all libraries. A
@@ -16,9 +17,12 @@ import json
 import os
 import random
 import signal
+import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib.machinery import SourceFileLoader
 from importlib.metadata import version
 from pathlib import Path
@@ -30,7 +34,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # The tests of test_search.py that train no network, and all of the other files. (The names of files count for -k too.)
 _UNITS = (
-    "test_costs or test_properties or "
+    "test_updates or test_costs or test_properties or "
     "((budget or candidates or starts or mean or estimate or holds) and not paper and not halfway)"
 )
 # Of channels with bits of their own, without those that search.
@@ -40,19 +44,39 @@ _CHANNELS = [
     "not test_granularity or all_bits or costs_of or quantized_as or small_as or cannot_be",
 ]
 MODULES: dict[str, list[str]] = {
-    "packing": [*_CHANNELS, "tests/test_packing.py", "tests/test_properties.py"],
+    "packing": ["tests/test_packing.py", "tests/test_properties.py", *_CHANNELS],
     "costs": ["tests/test_costs.py", "tests/test_properties.py"],
-    "strategy": [*_CHANNELS, "tests/test_costs.py", "tests/test_properties.py", "tests/test_cli.py"],
+    "strategy": ["tests/test_costs.py", "tests/test_properties.py", "tests/test_cli.py", *_CHANNELS],
     "quantizers/grids": ["tests/quantizers/test_weight.py", "tests/test_properties.py"],
     "quantizers/weight": ["tests/quantizers/test_weight.py", "tests/test_properties.py"],
     "quantizers/bins": ["tests/quantizers/test_weight.py"],
     "quantizers/activation": ["tests/quantizers/test_activation.py"],
     "quantizers/stochastic": ["tests/quantizers/test_stochastic.py"],
-    "search/descent": ["tests/search/test_search.py", "tests/test_costs.py", "tests/test_properties.py", "-k", _UNITS],
-    "search/updates": ["tests/search/test_search.py", "-k", _UNITS],
+    "search/descent": ["tests/test_costs.py", "tests/search/test_search.py", "tests/test_properties.py", "-k", _UNITS],
+    "search/updates": ["tests/search/test_updates.py", "tests/search/test_search.py", "-k", _UNITS],
 }
-# Mutants that compute the same, by module and change: why.
-EQUIVALENT: dict[tuple[str, str], str] = {}
+# Mutants that compute the same, by module and name: why.
+_UNIFORM = "in `return torch.rand(count, generator=generator, dtype=torch.float64).clamp_(1e-12, 1 - 1e-12)`"
+EQUIVALENT: dict[tuple[str, str], str] = {
+    (
+        "quantizers/bins",
+        "1 -> 2 in `variance = (squares / count.clamp_min(1) - mean.square()) * (count >= 2)`",
+    ): "differs in bins of fewer than two weights, which the last factor drops",
+    (
+        "quantizers/stochastic",
+        "choice.dim() > 0 -> choice.dim() >= 0 in `ctx.per_channel = choice.dim() > 0`",
+    ): "autograd adds up a gradient that has more entries than its input",
+    (
+        "quantizers/stochastic",
+        '1 -> 2 in `generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)`',
+    ): "other draws of the same kind",
+    ("quantizers/stochastic", f"1 - 1e-12 -> 1 + 1e-12 {_UNIFORM}"): "differs in one of 1e12 draws",
+    ("quantizers/stochastic", f"1 -> 2 {_UNIFORM}"): "differs in one of 1e12 draws",
+    (
+        "quantizers/stochastic",
+        "logits > 0 -> logits >= 0 in `return logits > 0, torch.sigmoid(logits / temperature)`",
+    ): "a tie, which has probability 0 and no right answer",
+}
 
 _SWAPS: dict[type[ast.AST], type[ast.AST]] = {
     ast.Add: ast.Sub,
@@ -78,8 +102,11 @@ _SKIPPED = (ast.JoinedStr, ast.Raise, ast.Import, ast.ImportFrom, ast.Assert)
 
 
 def mutants(source: str) -> Iterator[tuple[str, ast.Module]]:
-    """(what was changed, changed module) of every change of `source`, one at a time."""
-    tree = ast.parse(source)
+    """(what was changed, changed module) of every change of `source`, one at a time.
+
+    The name holds the line's text, not its number: it stays what it is when other lines change.
+    """
+    tree, lines, seen = ast.parse(source), source.splitlines(), Counter[str]()
     for place, node in enumerate(_nodes(tree)):
         for kind in _changes(node):
             changed = copy.deepcopy(tree)
@@ -87,8 +114,9 @@ def mutants(source: str) -> Iterator[tuple[str, ast.Module]]:
             found = list(_nodes(changed))[place]
             _change(found, kind)
             after = ast.unparse(found)
-            name = f"line {getattr(node, 'lineno', 0)}: {before} -> {after}"
-            yield name, ast.fix_missing_locations(changed)
+            name = f"{before} -> {after} in `{lines[getattr(node, 'lineno', 1) - 1].strip()}`"
+            seen[name] += 1
+            yield name if seen[name] == 1 else f"{name} ({seen[name]})", ast.fix_missing_locations(changed)
 
 
 def _nodes(node: ast.AST) -> Iterator[ast.AST]:
@@ -180,18 +208,29 @@ def _run(path: Path, tree: ast.Module | None, tests: list[str]) -> None:
         os._exit(code)
 
 
+def import_libraries() -> None:
+    """All that the package and its tests import, once for all forks; the package itself is imported by each of them."""
+    code = "import hypothesis.strategies, pytest, sdq_hf.modeling_sdq, sdq_hf.search, sys; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    for name in done.stdout.split():
+        if name.partition(".")[0] != "sdq_hf":
+            # Some are there under a name that cannot be imported.
+            with suppress(ImportError):
+                importlib.import_module(name)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--modules", nargs="+", choices=MODULES, default=list(MODULES))
     parser.add_argument("--sample", type=int, help="so many mutants of each module, at random (seed 0); default: all")
+    parser.add_argument("--again", type=Path, help="result of an earlier run: only the mutants that survived in it")
     parser.add_argument("--seconds", type=float, default=120, help="for the tests of one mutant")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     os.chdir(ROOT)
     sys.path.insert(0, str(ROOT))
-    # Imported once, by all forks; the package itself is imported by each.
-    for name in ("torch", "torchvision", "timm", "transformers", "accelerate", "datasets", "scipy"):
-        importlib.import_module(name)
+    import_libraries()
+    earlier = json.loads(options.again.read_text())["modules"] if options.again else None
     result: dict[str, Any] = {"command": " ".join(["python", "scripts/mutate.py", *sys.argv[1:]]), "modules": {}}
     result["versions"] = {name: version(name) for name in ("torch", "pytest", "hypothesis")}
     for module in options.modules:
@@ -201,8 +240,11 @@ def main() -> None:
             raise SystemExit(f"{module}: its tests fail without any change.")
         found = list(mutants(path.read_text()))
         chosen = found
-        if options.sample is not None and options.sample < len(found):
-            chosen = random.Random(0).sample(found, options.sample)
+        if earlier is not None:
+            survivors = earlier.get(module, {"survived": []})["survived"]
+            chosen = [(name, tree) for name, tree in found if name in survivors]
+        if options.sample is not None and options.sample < len(chosen):
+            chosen = random.Random(0).sample(chosen, options.sample)
         left = [name for name, tree in chosen if survives(path, tree, tests, options.seconds)]
         known = {name: EQUIVALENT[module, name] for name in left if (module, name) in EQUIVALENT}
         survived = [name for name in left if name not in known]

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from sdq_hf import LayerBits, Strategy
-from sdq_hf.costs import COSTS, get_cost
+from sdq_hf.costs import COSTS, bitops_text, get_cost
 from sdq_hf.search import BudgetError
 from sdq_hf.search.descent import Descent
 
@@ -83,8 +83,9 @@ def test_bits_that_cost_no_less_than_more_bits_are_never_chosen():
 
 
 def test_a_budget_out_of_reach_names_the_range_and_the_layers_that_bind():
+    ends, wide = r"between 451 and 1557\.", r"wide \(at least 2 bits, 56%\)"
     with pytest.raises(
-        BudgetError, match=r"between 451 and 1557\..*wide \(at least 2 bits, 56%\), stem \(pinned to 8 bits"
+        BudgetError, match=rf"{ends}.* {wide}, stem \(pinned to 8 bits, 22%\), deep \(at least 1 bits, 11%\)\.$"
     ):
         Descent(STRATEGY, get_cost("bytes"), [300], [1, 2, 8], floors={"wide": 2})
     with pytest.raises(BudgetError, match=r"between 4 and 12\.43"):
@@ -125,3 +126,16 @@ def test_a_wrong_cost_is_refused_by_name(source, message):
 def test_a_table_that_does_not_fit_the_network_names_the_layer(source, message):
     with pytest.raises(ValueError, match=message):
         get_cost(source).total(STRATEGY)
+
+
+def test_bitops_are_written_in_the_largest_unit_that_they_fill():
+    expected = {
+        1e3: "1.0 k",
+        999e3: "999.0 k",
+        1e6: "1.0 M",
+        2.5e8: "250.0 M",
+        1e9: "1.0 G",
+        999e9: "999.0 G",
+        1e12: "1.0 T",
+    }
+    assert {bitops: bitops_text(bitops) for bitops in expected} == {b: f"{text}BitOPs" for b, text in expected.items()}

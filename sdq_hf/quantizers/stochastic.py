@@ -50,4 +50,4 @@ def gumbel_choice(theta: Tensor, uniform: Tensor, temperature: float) -> tuple[T
     variables is a logistic one, and log(beta / (1 - beta)) = theta, so both need one uniform number a layer.
     """
     logits = theta + (torch.log(uniform) - torch.log1p(-uniform)).to(theta)
-    return logits.detach() > 0, torch.sigmoid(logits / temperature)
+    return logits > 0, torch.sigmoid(logits / temperature)

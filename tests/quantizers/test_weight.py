@@ -147,3 +147,10 @@ def test_bin_regularization_is_the_loop_over_bins(form, grid, bits):
         if len(members) >= 2:
             expected += members.var(correction=0)
     assert bin_regularization(w, form, grid, bits, scale).item() == pytest.approx(float(expected), rel=1e-4, abs=1e-6)
+
+
+def test_bin_regularization_moves_weights_and_not_the_scale():
+    w, scale = weights(5, 60).requires_grad_(), torch.tensor(0.5, requires_grad=True)
+    bin_regularization(w, "lsq", "midrise", 2, scale).backward()
+    assert scale.grad is None
+    assert w.grad.abs().max() > 0

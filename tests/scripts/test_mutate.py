@@ -16,7 +16,7 @@ def results(source, *arguments):
     for name, tree in mutate.mutants(source):
         scope = {}
         exec(compile(tree, "mutant", "exec"), scope)
-        found[name.split(": ", 1)[1]] = scope["f"](*arguments)
+        found[name.split(" in `")[0]] = scope["f"](*arguments)
     return found
 
 
@@ -37,6 +37,15 @@ def test_each_mutant_has_one_change():
         "a < b -> a <= b": False,
         "-a -> +a": 3,
     }
+
+
+def test_names_stay_when_other_lines_change_and_differ_within_a_line():
+    source = "def f(a):\n    return a + 1, a + 1\n"
+    names = [name for name, _ in mutate.mutants(source)]
+    line = "`return a + 1, a + 1`"
+    changes = ["a + 1 -> a - 1", "1 -> 2"]
+    assert names == [f"{change} in {line}{again}" for again in ("", " (2)") for change in changes]
+    assert [name for name, _ in mutate.mutants("b = None\n\n" + source)] == names
 
 
 @pytest.mark.parametrize("module", mutate.MODULES)

@@ -8,7 +8,6 @@ import timm
 import torch
 from accelerate import Accelerator
 
-from sdq_hf import LayerBits, Strategy
 from sdq_hf.costs import COSTS
 from sdq_hf.quantizers.weight import best_scale, fake_quantize
 from sdq_hf.search import BudgetError, SearchLog, search
@@ -16,15 +15,7 @@ from sdq_hf.search.descent import Descent
 from sdq_hf.search.stochastic_weights import StochasticWeights
 from sdq_hf.search.updates import RunningMean, TwoSided
 from tests.planted import Images, planted_network
-
-
-def strategy(sizes, macs=None, bits=8):
-    macs = macs or sizes
-    return Strategy.of({f"l{i}": LayerBits(bits, 4, n, m) for i, (n, m) in enumerate(zip(sizes, macs, strict=True))})
-
-
-def descent(budgets, cost="bits", sizes=(1000, 400, 50, 10), candidates=range(1, 9), **kwargs):
-    return Descent(strategy(sizes), COSTS[cost], budgets, list(candidates), **kwargs)
+from tests.search.descents import descent
 
 
 def run_down(way):
@@ -64,6 +55,11 @@ def test_starts_at_six_or_above_every_budget():
     assert set(descent([2.0]).start.values()) == {6}
     assert set(descent([6.5]).start.values()) == {7}
     assert set(descent([2.0], candidates=[2, 4, 8]).start.values()) == {8}
+    assert set(descent([1.5], candidates=[1, 2, 4]).start.values()) == {4}
+    # A budget that uniform bits meet exactly is met by them.
+    way = descent([7.0], sizes=(1024, 512))
+    assert set(way.start.values()) == {7}
+    assert way.done
 
 
 def test_a_start_below_the_budget_is_refused():

@@ -1,0 +1,102 @@
+"""The updates by themselves, on gradients that are made up: when a layer steps, and the paper's against autograd."""
+
+import json
+
+import pytest
+import torch
+
+from sdq_hf.quantizers.stochastic import draw
+from sdq_hf.search.updates import Paper, TwoSided
+from tests.search.descents import descent
+
+
+def test_no_layer_steps_before_all_are_measured():
+    way = descent([2.0], sizes=(100, 100))
+    update = TwoSided(way, seed=0)
+    for step in range(40):
+        update.observe({"l0": -0.1}, update.draw(step))
+    assert list(update.estimates()) == ["l0"]
+    assert update.next_moves() == []
+    for step in range(40):
+        update.observe({"l1": -0.2}, update.draw(step))
+    assert [move.layer for move in update.next_moves()] == ["l0"]
+
+
+def test_an_estimate_is_there_from_the_second_draw_of_each_place_on():
+    update = TwoSided(descent([2.0], sizes=(100,)), seed=0)
+    for side in (1.0, 0.0, 1.0, 0.0):
+        assert update.estimates() == {}
+        update.observe({"l0": -0.1 - side}, {"l0": side})
+    assert update.estimates() == {"l0": (pytest.approx(0.6), pytest.approx(0.0, abs=1e-6))}
+
+
+def test_the_papers_update_is_sgd_on_its_loss():
+    """The loss by autograd, of the Gumbel-softmax written out, and the step by torch's SGD."""
+    way = descent([12_000], "bitops", sizes=(900, 400, 100), candidates=[2, 4, 8], start_bits=8)
+    errors = {name: {8: 0.01 * i, 4: 0.3 * i, 2: 5.0} for i, name in enumerate(way.names, 1)}
+    # The square root of what a bit more costs, as a share: BitOPs with 4-bit inputs.
+    shares = torch.tensor([30.0, 20.0, 10.0], dtype=torch.float64) / 60
+    update, theta = Paper(way, 3, errors), torch.full((3,), 3.0, dtype=torch.float64, requires_grad=True)
+    sgd = torch.optim.SGD([theta], lr=1.0, momentum=0.9)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(6):
+        if step == 3:
+            # 8 -> 4 -> 2: no lower rung is left, and what is left of its step is momentum.
+            for _ in range(2):
+                way.step_down("l2", 1.0)
+            update.reset("l2")
+            with torch.no_grad():
+                theta[2] = 3.0
+                sgd.state[theta]["momentum_buffer"][2] = 0.0
+        drawn = update.draw(step)
+        uniform = draw(3, step, 3)
+        noise = torch.log(uniform) - torch.log(1 - uniform)
+        beta = torch.sigmoid(theta)
+        soft = torch.softmax(torch.stack([torch.log(beta) + noise, torch.log(1 - beta)]), dim=0)[0]
+        assert list(drawn.values()) == (soft > 0.5).double().tolist()
+        task = torch.randn(3, dtype=torch.float64, generator=generator)
+        loss = torch.zeros((), dtype=torch.float64)
+        for i, name in enumerate(way.names):
+            upper, lower = way.bits[name], way.next_bits(name)
+            if lower is None:
+                continue
+            expected_bits = beta[i] * upper + (1 - beta[i]) * lower
+            expected_error = beta[i] * errors[name][upper] + (1 - beta[i]) * errors[name][lower]
+            loss = loss + task[i] * soft[i] + shares[i] * expected_bits + expected_error
+        sgd.zero_grad()
+        loss.backward()
+        sgd.step()
+        with torch.no_grad():
+            theta.clamp_(-4, 4)
+        update.observe(dict(zip(way.names, task.tolist(), strict=True)), drawn)
+        torch.testing.assert_close(update.theta, theta.detach())
+        assert update.estimates() == {
+            n: (pytest.approx(b), 0.0) for n, b in zip(way.names, beta_of(theta), strict=True)
+        }
+    restored = Paper(way, 3, errors)
+    restored.load_state_dict(json.loads(json.dumps(update.state_dict())))
+    assert (restored.theta.tolist(), restored.velocity.tolist()) == (update.theta.tolist(), update.velocity.tolist())
+
+
+def beta_of(theta):
+    return torch.sigmoid(theta.detach()).tolist()
+
+
+def test_the_paper_steps_down_below_its_threshold_the_lowest_first():
+    way = descent([2.0], sizes=(100, 100, 100, 100), start_bits=6)
+    update = Paper(way, 0, {name: {b: 4.0**-b for b in range(1, 9)} for name in way.names}, threshold=0.1)
+    for beta, expected in [((0.5, 0.11, 0.2, 0.3), []), ((0.09, 0.5, 0.02, 0.05), ["l2", "l3", "l0"])]:
+        update.theta = torch.logit(torch.tensor(beta, dtype=torch.float64))
+        assert [move.layer for move in update.next_moves(4)] == expected
+        assert [move.layer for move in update.next_moves()] == expected[:1]
+    (move,) = update.next_moves()
+    assert (move.damage, move.error) == (pytest.approx(4.0**-5 - 4.0**-6), 0.0)
+
+
+@pytest.mark.parametrize(("shape", "expected"), [("linear", (0.9, 0.1)), ("sqrt", (0.75, 0.25))])
+def test_the_papers_shares_are_those_of_the_cost_or_of_its_root(shape, expected):
+    way = descent([2.0], sizes=(900, 100))
+    update = Paper(way, 0, {}, cost_shape=shape)
+    assert list(update.share.values()) == pytest.approx(expected)
+    with pytest.raises(ValueError, match="'sqrt' or 'linear', got 'cube'"):
+        Paper(way, 0, {}, cost_shape="cube")
