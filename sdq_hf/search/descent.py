@@ -3,6 +3,7 @@
 import fnmatch
 import logging
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, cast
 
 from ..costs import Cost
@@ -71,9 +72,12 @@ class Descent:
             }
             for layer in self.inputs
         }
+        # What is counted together: the channels of a layer, a layer's weights and its inputs, or a unit by itself.
+        self._groups: dict[str, list[str]] = {}
         self.table: dict[str, dict[int, float]] = {}
         self._weights: dict[str, float] = {}
         for name, unit in self.units.items():
+            self._groups.setdefault(unit.layers[0], []).append(name)
             if unit.inputs:
                 top = self.candidates[-1]
                 self.table[name] = {bits: self._prices[unit.layers[0]][top, bits] for bits in self.candidates}
@@ -111,7 +115,7 @@ class Descent:
                 f"start_bits {start_bits} is below the budget of {self.text(max(self.budgets))}: bits only fall, so the "
                 f"search must start above it, at {self._default_start()} for example."
             )
-        self.bits: Bits = dict(self.start)
+        self._set_bits(self.start)
         # Estimated damage of the step that led down to a rung: what raising the layer again would win back.
         self.damage: dict[str, dict[int, float]] = {name: {} for name in self.names}
         self.found: dict[float, Strategy] = {}
@@ -175,14 +179,20 @@ class Descent:
 
     # Costs -------------------------------------------------------------------------------------------------------
 
-    def total(self, bits: Bits | None = None) -> float:
+    def total(self, bits: Mapping[str, int] | None = None) -> float:
         """Cost of `bits` (default: the present ones), pinned layers included where the cost counts them."""
-        bits = self.bits if bits is None else bits
-        paired = self.inputs.keys() | self.inputs.values()
-        alone = sum(self.table[name][b] for name, b in bits.items() if name not in paired)
-        return self.base + alone + sum(self._prices[w][bits[w], bits[a]] for w, a in self.inputs.items())
+        costs = self._costs.values() if bits is None else [self._group_cost(group, bits) for group in self._groups]
+        return self.base + sum(costs)
 
-    def _change(self, bits: Bits, name: str, width: int) -> float:
+    def _group_cost(self, group: str, bits: Mapping[str, int]) -> float:
+        if group in self.inputs:
+            return self._prices[group][bits[group], bits[self.inputs[group]]]
+        return sum(self.table[name][bits[name]] for name in self._groups[group])
+
+    def _group_weight_bits(self, group: str) -> float:
+        return sum(self._weights[name] * self._bits[name] for name in self._groups[group])
+
+    def _change(self, bits: Mapping[str, int], name: str, width: int) -> float:
         """What the total of `bits` grows by when layer `name` goes to `width`."""
         layer = self.units[name].layers[0]
         if layer not in self.inputs:
@@ -192,9 +202,9 @@ class Descent:
 
     def average_bits(self) -> float:
         """Average bits of the searchable layers at present, whatever the cost is."""
-        return sum(self._weights[name] * bits for name, bits in self.bits.items()) / sum(self._weights.values())
+        return sum(self._weight_bits.values()) / self._all_weights
 
-    def layer_bits(self, bits: Bits) -> dict[str, int | tuple[int, ...]]:
+    def layer_bits(self, bits: Mapping[str, int]) -> dict[str, int | tuple[int, ...]]:
         """Layer -> bits of its weights, or a tuple of those of its output channels. `bits` may name some units only."""
         found: dict[str, int | tuple[int, ...]] = {}
         channels: dict[str, list[int]] = {}
@@ -208,7 +218,7 @@ class Descent:
                 channels.setdefault(unit.layers[0], []).append(width)
         return found | {layer: tuple(widths) for layer, widths in channels.items()}
 
-    def strategy(self, bits: Bits) -> Strategy:
+    def strategy(self, bits: Mapping[str, int]) -> Strategy:
         """The strategy with `bits`, all else as it was at the start."""
         inputs = {self.units[name].layers[0]: width for name, width in bits.items() if self.units[name].inputs}
         return self._strategy.with_bits(self.layer_bits(bits)).with_activation_bits(inputs)
@@ -219,14 +229,14 @@ class Descent:
 
     def next_bits(self, name: str) -> int | None:
         """The next lower candidate of a layer, None at its floor."""
-        below = [b for b in self.ladder[name] if b < self.bits[name]]
+        below = [b for b in self.ladder[name] if b < self._bits[name]]
         return below[-1] if below else None
 
     def saved(self, name: str) -> float:
         """Cost that the layer's next step down saves."""
         lower = self.next_bits(name)
         assert lower is not None
-        return -self._change(self.bits, name, lower)
+        return -self._change(self._bits, name, lower)
 
     @property
     def movable(self) -> list[str]:
@@ -243,12 +253,27 @@ class Descent:
 
     # Steps -------------------------------------------------------------------------------------------------------
 
+    @property
+    def bits(self) -> Mapping[str, int]:
+        """The present bits. `step_down` changes them, and nothing else: sums of them are kept."""
+        return MappingProxyType(self._bits)
+
+    def _set_bits(self, bits: Mapping[str, int]) -> None:
+        self._bits: Bits = dict(bits)
+        # Of each group. A network has tens of thousands of channels, and each step changes one of them.
+        self._costs = {group: self._group_cost(group, self._bits) for group in self._groups}
+        self._weight_bits = {group: self._group_weight_bits(group) for group in self._groups}
+        self._all_weights = sum(self._weights.values())
+
     def step_down(self, name: str, damage: float) -> None:
         """Step one layer down; `damage` is its estimated price in loss. Leaves a strategy at each budget passed."""
         lower = self.next_bits(name)
         assert lower is not None, f"{name} is at its floor"
         self.damage[name][lower] = damage
-        self.bits[name] = lower
+        self._bits[name] = lower
+        group = self.units[name].layers[0]
+        self._costs[group] = self._group_cost(group, self._bits)
+        self._weight_bits[group] = self._group_weight_bits(group)
         self._leave_strategies()
 
     def _leave_strategies(self) -> None:
@@ -324,7 +349,7 @@ class Descent:
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers that JSON can hold."""
         return {
-            "bits": self.bits,
+            "bits": dict(self._bits),
             "damage": {name: list(rungs.items()) for name, rungs in self.damage.items()},
             "found": [[budget, strategy.to_json()] for budget, strategy in self.found.items()],
         }
@@ -332,6 +357,6 @@ class Descent:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         if list(state["bits"]) != self.names:
             raise ValueError("The saved search belongs to another network or other pins: start it anew.")
-        self.bits = dict(state["bits"])
+        self._set_bits(state["bits"])
         self.damage = {name: dict(rungs) for name, rungs in state["damage"].items()}
         self.found = {budget: Strategy.from_json(data) for budget, data in state["found"]}

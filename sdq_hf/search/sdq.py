@@ -90,7 +90,7 @@ def _descend(task: Task, update: TwoSided | Paper) -> list[Strategy]:
             while True:
                 drawn = update.draw(step)
                 if distributed:
-                    places = {"bits": descent.bits, "draws": drawn, "estimates": update.state_dict()}
+                    places = {"bits": dict(descent.bits), "draws": drawn, "estimates": update.state_dict()}
                     check_agreement(accelerator, step, begin | places)
                 if descent.done:
                     break
