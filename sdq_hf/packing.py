@@ -93,7 +93,10 @@ def unpack_channels(packed: Tensor, bits: Sequence[int], shape: Sequence[int]) -
 
 def channels_by_bits(bits: Sequence[int]) -> list[tuple[int, list[int]]]:
     """Each bitwidth in `bits`, fewest first, with the numbers of the channels that have it."""
-    return [(width, [c for c, b in enumerate(bits) if b == width]) for width in sorted(set(bits))]
+    found: dict[int, list[int]] = {}
+    for channel, width in enumerate(bits):
+        found.setdefault(width, []).append(channel)
+    return sorted(found.items())
 
 
 def _to_bits(codes: Tensor, width: int) -> Tensor:
