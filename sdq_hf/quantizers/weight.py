@@ -155,7 +155,7 @@ def _best_scale(w: Tensor, form: str, grid: str, bits: int, per_channel: bool) -
 
     top = (_to_channels(w.abs().flatten(1).amax(1), w) if per_channel else w.abs().max()).clamp_min(1e-8)
     # The best clip falls with the bitwidth: geometric steps from max|w| down to 4 % of it, finer near the top, where
-    # those of 7 and 8 bits are, and each is then improved by the closed form for its own integers.
+    # those of 7 and 8 bits are. Each is then improved by the closed form for its own integers.
     best, least = top, torch.full_like(top, math.inf)
     factors = torch.cat([torch.logspace(0, math.log10(0.04), 48), torch.linspace(1.02, 0.7, 33)])
     for factor in factors.tolist():
