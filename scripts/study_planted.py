@@ -27,8 +27,8 @@ from torch import nn
 from sdq_hf.costs import get_cost
 from sdq_hf.search import METHODS, BudgetError
 from sdq_hf.search.stochastic_weights import searching
-from sdq_hf.search.task import divergence
 from sdq_hf.training.evaluation import logits_of
+from sdq_hf.training.losses import kl_divergence
 from sdq_hf.training.stages import Run
 
 FIELDS = ("seed", "method", "target", "activation_bits")
@@ -105,7 +105,8 @@ def sensitivities(run: Run, network: nn.Module, bits: int, images: int = 512) ->
     def loss(changed: Mapping[str, int]) -> float:
         model.set_strategy(model.strategy.with_bits(8).with_bits(changed))
         with searching(model):
-            return statistics.fmean(divergence(logits_of(model(pixel_values=x)), network(x)).item() for x in batches)
+            kl = [kl_divergence(logits_of(model(pixel_values=x)), network(x)).mean() for x in batches]
+            return torch.stack(kl).mean().item()
 
     whole = loss({})
     return {name: loss({name: bits}) - whole for name in model.strategy.searchable}

@@ -28,8 +28,8 @@ from torchvision.transforms import v2
 
 from sdq_hf import SDQForImageClassification
 from sdq_hf.packed_files import weight_file_bytes
-from sdq_hf.search.task import divergence
 from sdq_hf.strategy import FLOAT_BITS
+from sdq_hf.training.losses import kl_divergence
 from sdq_hf.writing import write_json
 
 ARCHITECTURE = "tf_efficientnet_lite0"
@@ -134,7 +134,7 @@ def measure(network: nn.Module, cell: dict[str, Any], views: Tensor, target: Ten
         "photographs": len(views),
         "same": int(same.sum()),
         "views": same.numel(),
-        "kl": divergence(logits.flatten(0, 1), target.flatten(0, 1)).item(),
+        "kl": kl_divergence(logits.flatten(0, 1), target.flatten(0, 1)).mean().item(),
     }
 
 

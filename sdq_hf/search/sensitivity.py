@@ -18,10 +18,11 @@ from torch import Tensor
 from ..layers import quantized_layers
 from ..strategy import Strategy
 from ..training.evaluation import logits_of
+from ..training.losses import kl_divergence
 from .assignment import Damages, choices, least_quadratic, least_sum
 from .errors import scale_at, weight_at
 from .stochastic_weights import searching
-from .task import Task, distillation_loss, divergence, float_copy
+from .task import Task, distillation_loss, float_copy
 
 # Bits of the units that are quantized, by name -> loss.
 Loss = Callable[[Mapping[str, int]], float]
@@ -154,7 +155,7 @@ def probing(task: Task, images: int) -> Iterator[Loss]:
         for batch, target in zip(batches, targets, strict=True):
             with task.accelerator.autocast():
                 logits = logits_of(model(pixel_values=batch))
-            losses.append(divergence(logits, target) * len(batch))
+            losses.append(kl_divergence(logits, target).sum())
         for name in quantized:
             layers[name].weight_source = _float_weight
         task.log.forward_images += count

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import Tensor, nn
@@ -15,6 +14,7 @@ from ..modeling_sdq import SDQForImageClassification
 from ..quantizers.activation import best_step_and_sign
 from ..training.evaluation import logits_of
 from ..training.loaders import Batch, endless
+from ..training.losses import kl_divergence
 from .descent import Descent
 
 
@@ -166,11 +166,4 @@ def distillation_loss(
         with torch.no_grad():
             target = logits_of(teacher(images))
         logits = logits_of(model(pixel_values=images))
-    return divergence(logits, target)
-
-
-def divergence(logits: Tensor, target: Tensor) -> Tensor:
-    """KL(target || logits) of two batches of logits [B, C], mean over the batch: 0-d float32."""
-    return F.kl_div(
-        F.log_softmax(logits.float(), -1), F.log_softmax(target.float(), -1), reduction="batchmean", log_target=True
-    )
+    return kl_divergence(logits, target).mean()
