@@ -37,16 +37,16 @@ _UNITS = (
     "test_updates or test_costs or test_properties or "
     "((budget or candidates or starts or mean or estimate or holds) and not paper and not halfway)"
 )
-# Of channels with bits of their own, without those that search.
-_CHANNELS = [
-    "tests/search/test_granularity.py",
-    "-k",
-    "not test_granularity or all_bits or costs_of or quantized_as or small_as or cannot_be",
-]
 MODULES: dict[str, list[str]] = {
-    "packing": ["tests/test_packing.py", "tests/test_properties.py", *_CHANNELS],
+    "packing": [
+        "tests/test_packing.py",
+        "tests/test_properties.py",
+        "tests/search/test_granularity.py",
+        "-k",
+        "not test_granularity or all_bits",
+    ],
     "costs": ["tests/test_costs.py", "tests/test_properties.py"],
-    "strategy": ["tests/test_costs.py", "tests/test_properties.py", "tests/test_cli.py", *_CHANNELS],
+    "strategy": ["tests/test_strategy.py", "tests/test_costs.py", "tests/test_properties.py"],
     "quantizers/grids": ["tests/quantizers/test_weight.py", "tests/test_properties.py"],
     "quantizers/weight": ["tests/quantizers/test_weight.py", "tests/test_properties.py"],
     "quantizers/bins": ["tests/quantizers/test_weight.py"],

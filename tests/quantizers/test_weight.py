@@ -154,3 +154,104 @@ def test_bin_regularization_moves_weights_and_not_the_scale():
     bin_regularization(w, "lsq", "midrise", 2, scale).backward()
     assert scale.grad is None
     assert w.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("bits", [1, 3, 8])
+def test_packed_weights_take_their_bits_and_unpack_to_the_quantized_ones(form, grid, bits):
+    # More than one part of `unpack_parts`, and no whole number of bytes.
+    w = weights(bits, 3 * 5462 + 1)[: 3 * 5462].view(6, 2731)
+    quantizer = WeightQuantizer(form, grid, bits)
+    quantizer.set_bits(bits, w)
+    packed = quantizer.pack(w)
+    assert packed.numel() == quantizer.packed_size(w.numel()) == math.ceil(w.numel() * bits / 8)
+    with torch.no_grad():
+        expected, unpacked = quantizer(w), quantizer.unpack(packed, w.shape)
+        assert torch.equal(quantizer.from_codes(quantizer.codes(w)), expected)
+        assert torch.equal(quantizer(unpacked), expected)
+        torch.testing.assert_close(dequantize(quantizer.integers(w), grid, bits, quantizer.scale), expected)
+    if form == "lsq":
+        assert torch.equal(unpacked, expected)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("bits", [3, (3, 1, 8, 3, 5)])
+def test_channels_with_scales_of_their_own_are_layers_of_their_own(grid, bits):
+    w = weights(4, 5 * 2 * 9).view(5, 2, 3, 3) * torch.tensor([0.1, 1.0, 3.0, 0.5, 2.0]).view(-1, 1, 1, 1)
+    quantizer, widths = WeightQuantizer("lsq", grid, bits, channels=5), [bits] * 5 if isinstance(bits, int) else bits
+    quantizer.fit_scale(w)
+    direction = torch.randn(w.shape, generator=torch.Generator().manual_seed(1))
+    (quantizer(w) * direction).sum().backward()
+    for c, width in enumerate(widths):
+        alone = WeightQuantizer("lsq", grid, width)
+        alone.fit_scale(w[c])
+        torch.testing.assert_close(quantizer.scale[c], alone.scale)
+        (alone(w[c]) * direction[c]).sum().backward()
+        assert torch.equal(quantizer(w)[c], alone(w[c]))
+        assert torch.equal(quantizer.codes(w)[c], alone.codes(w[c]))
+        torch.testing.assert_close(quantizer.scale.grad[c], alone.scale.grad)
+    packed = quantizer.pack(w)
+    assert packed.numel() == quantizer.packed_size(w.numel()) == math.ceil(18 * sum(widths) / 8)
+    assert torch.equal(quantizer.unpack(packed, w.shape), quantizer(w))
+
+
+def test_bits_beyond_one_to_eight_and_another_number_of_channels_are_refused():
+    w = weights(0, 30).view(3, 10)
+    quantizer = WeightQuantizer("lsq", "midrise", 4)
+    for bits in (1, 8):
+        quantizer.set_bits(bits, w)
+        assert len(quantizer(w).unique()) <= 2**bits
+    for bits in (0, 9):
+        with pytest.raises(ValueError, match=f"1 to 8, got {bits}"):
+            quantizer.set_bits(bits, w)
+    with pytest.raises(ValueError, match="Expected 1 bitwidths, got 3"):
+        quantizer.set_bits((2, 3, 4), w)
+    channels = WeightQuantizer("lsq", "midrise", (2, 3, 4), channels=3)
+    with pytest.raises(ValueError, match="Expected 3 bitwidths, got 2"):
+        channels.set_bits((2, 3), w)
+    with pytest.raises(ValueError, match="Weight bits must be"):
+        channels.set_bits(3, w)
+    for form in ("dorefa", "entropy"):
+        with pytest.raises(ValueError, match=f"need the weight quantizer 'lsq', got '{form}'"):
+            WeightQuantizer(form, "midrise", 4, channels=3)
+
+
+@pytest.mark.parametrize("bits", [4, (4, 4, 4)])
+def test_weights_on_the_meta_device_leave_the_scale(bits):
+    quantizer = WeightQuantizer("lsq", "midrise", bits, channels=3)
+    w, before = torch.empty(3, 10, device="meta"), quantizer.scale.detach().clone()
+    quantizer.fit_scale(w)
+    quantizer.set_bits(2 if isinstance(bits, int) else (2, 4, 4), w)
+    assert torch.equal(quantizer.scale.detach(), before)
+
+
+def test_marked_weights_are_passed_through_until_they_or_the_scale_are_touched():
+    w, quantizer = weights(2, 40), WeightQuantizer("lsq", "midrise", 3)
+    quantizer.fit_scale(w)
+
+    def expected(w):
+        return fake_quantize(w, "lsq", "midrise", 3, quantizer.scale.detach())
+
+    with torch.no_grad():
+        quantized = quantizer(w)
+        assert quantized is not w
+        quantizer.mark_quantized(quantized)
+        assert quantizer.is_quantized(quantized)
+        assert quantizer(quantized) is quantized
+        assert not quantizer.is_quantized(w)
+        assert torch.equal(quantizer(w), expected(w))
+        quantized += 0.3
+        assert not quantizer.is_quantized(quantized)
+        assert torch.equal(quantizer(quantized), expected(quantized))
+        quantizer.mark_quantized(quantized)
+        quantizer.scale.mul_(1.1)
+        assert torch.equal(quantizer(quantized), expected(quantized))
+        quantizer.mark_quantized(quantized)
+    # With gradients there is a graph to be made.
+    quantized.requires_grad_()
+    quantizer(quantized).sum().backward()
+    assert quantized.grad is not None
+    other = WeightQuantizer("dorefa", "midrise", 3)
+    other.mark_quantized(w)
+    assert not other.is_quantized(w)
