@@ -16,8 +16,8 @@ class RankError(RuntimeError):
 def check_agreement(accelerator: Accelerator, batch: int, places: Mapping[str, Any]) -> None:
     """Compare `places` (what -> plain numbers) over all ranks, by hash.
 
-    All ranks must call it for each batch, before they exchange anything else: ranks that disagree about a step down would
-    wait for each other forever. It costs one exchange of 8 bytes for each of `places`.
+    All ranks must call it, in a search that steps down for each batch and before they exchange anything else: ranks that
+    disagree about a step would wait for each other forever. It costs one exchange of 8 bytes for each of `places`.
 
     Raises `RankError` on every rank, with the ranks that differ from most others (from rank 0 where there are two), what
     they differ in, and the batch.

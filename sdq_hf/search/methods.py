@@ -12,6 +12,7 @@ from torch import nn
 from ..costs import Cost, get_cost
 from ..modeling_sdq import SDQForImageClassification
 from ..strategy import Strategy
+from .agreement import check_agreement
 from .descent import Descent
 from .relaxed import edmips, fracbits
 from .rules import greedy, random, size, uniform
@@ -93,15 +94,15 @@ def search(
         max_batches: gives up after so many, with a `BudgetError` that says how far it came.
         log: is filled with estimates and moves. on_step: is called after each batch.
         accelerator: of a distributed or mixed-precision run; gradients are averaged over its ranks, which are compared at
-            each batch. With its `gradient_accumulation_steps` so many batches share a draw and count as one. Batch norm
-            sees each batch of each rank by itself.
+            each batch (SDQ's methods) and at the end. With its `gradient_accumulation_steps` so many batches share a draw and
+            count as one. Batch norm sees each batch of each rank by itself.
         resume_from: a `SearchState.state_dict()` of an interrupted search with the same arguments; SDQ's methods only.
             Plain numbers that JSON can hold, but for the mapping of tensors under "tensors".
         options: of the method; see `sdq_hf.search.updates.TwoSided` and `Paper`, and the functions of the rivals.
 
     Returns strategies in the order of `budgets`. Raises `BudgetError` (a `ValueError`) for a budget out of reach, with the
-    range and the layers that bind, before any work is done; `sdq_hf.search.agreement.RankError` on every rank once ranks
-    disagree (SDQ's methods only).
+    range and the layers that bind, before any work is done; `sdq_hf.search.agreement.RankError` on every rank where ranks
+    disagree: SDQ's methods find out at the next batch, the others at the end.
     """
     check_options(method, options)
     cost = get_cost(cost)
@@ -128,7 +129,10 @@ def search(
         on_step,
         resume_from,
     )
-    return METHODS[method](task, **options)
+    found = METHODS[method](task, **options)
+    if task.accelerator.num_processes > 1:
+        check_agreement(task.accelerator, log.batches, {"strategies": [strategy.to_json() for strategy in found]})
+    return found
 
 
 def check_options(method: str, options: Mapping[str, Any]) -> None:

@@ -89,6 +89,13 @@ def main(folder, *scenarios):
                 weight = next(model.parameters())
                 weight.view(-1)[0] = torch.nextafter(weight.view(-1)[0], torch.tensor(9.0))
         found["weights"] = error_of(accelerator, model)
+        rivals = {"random": {}, "greedy": {}, "table": {"images": 16}, "fracbits": {"batches": 2}}
+        for method, options in rivals.items():
+            options |= {"method": method, "on_step": None}
+            found[method] = run(accelerator, network(), BATCH, **options)["strategies"]
+        found["random strategies"] = error_of(accelerator, network(), method="random", seed=int(odd))
+        floors = {"layer3.0.conv2": 4} if odd else None
+        found["greedy strategies"] = error_of(accelerator, network(), method="greedy", floors=floors)
     Path(folder, f"rank{accelerator.process_index}.json").write_text(json.dumps(found))
     accelerator.end_training()
 

@@ -91,9 +91,18 @@ def test_ranks_that_fit_activation_steps_to_their_own_images_take_those_of_the_f
         ("weights", "batch 0: rank 1 has other weights"),
         ("estimates", "batch 7: rank 1 has other estimates"),
         ("decision", "rank 1 has other bits"),
+        ("random strategies", "batch 0: rank 1 has other strategies"),
+        ("greedy strategies", "batch 0: rank 1 has other strategies"),
     ],
 )
 def test_a_rank_that_diverges_is_named_on_every_rank(ranks, cause, what):
     assert what in ranks[0][cause]
     assert ranks[0][cause] == ranks[1][cause]
     assert "\n" not in ranks[0][cause]
+
+
+@pytest.mark.parametrize("method", ["random", "greedy", "table", "fracbits"])
+def test_rivals_end_with_one_strategy_on_both_ranks(ranks, method):
+    first, second = (rank[method] for rank in ranks)
+    assert first == second
+    assert len(first) == 2
