@@ -4,6 +4,7 @@ import gzip
 import importlib.util
 import io
 import itertools
+import json
 import os
 import re
 import shutil
@@ -695,6 +696,40 @@ def test_an_endless_stream_begins_anew_and_goes_on_where_it_is_told_to(tmp_path:
     first = labels(0, 6)
     assert len({tuple(batch) for batch in first}) == 6
     assert labels(3, 3) == first[3:]
+
+
+def test_two_processes_take_turns_with_the_batches_of_a_stream(tmp_path: Path) -> None:
+    folder, script = write_three_splits(tmp_path / "data"), tmp_path / "rank.py"
+    script.write_text(
+        f"""import itertools, json, pathlib
+from accelerate import Accelerator
+from tests.training.test_data import GREY, build_loaders, endless, load_image_data
+accelerator = Accelerator(cpu=True)
+loaders = build_loaders(load_image_data({folder!r}, streaming=True), GREY, batch_size=16)
+train, test = accelerator.prepare(loaders["train"], loaders["test"])
+seen = {{str(start): [b["pixel_values"].tolist() for b in itertools.islice(endless(train, start), 4 - start)]
+    for start in (0, 3)}}
+seen["test"] = [accelerator.gather_for_metrics(b["labels"]).tolist() for b in test]
+seen["processes"] = accelerator.num_processes
+pathlib.Path({str(tmp_path)!r}, f"rank{{accelerator.process_index}}.json").write_text(json.dumps(seen))
+accelerator.end_training()
+"""
+    )
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(script)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(launcher, capture_output=True, text=True, check=False, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    assert [rank["processes"] for rank in ranks] == [2, 2]
+    loaders = build_loaders(load_image_data(folder, streaming=True), GREY, batch_size=16)
+    # An epoch has five batches, of which the last is left over.
+    plain = [batch["pixel_values"].tolist() for batch in itertools.islice(endless(loaders["train"]), 10)]
+    assert ranks[0]["0"] == [plain[0], plain[2], plain[5], plain[7]]
+    assert ranks[1]["0"] == [plain[1], plain[3], plain[6], plain[8]]
+    assert [rank["3"] for rank in ranks] == [rank["0"][3:] for rank in ranks]
+    labels = [label for batch in loaders["test"] for label in batch["labels"].tolist()]
+    for rank in ranks:
+        assert sorted(itertools.chain(*rank["test"])) == sorted(labels)
 
 
 def test_mixup() -> None:
