@@ -41,20 +41,28 @@ def test_the_table_of_networks_names_what_does_not_work():
         },
         "b1": {"family": "b", "error": "took longer than 5 s"},
         "c1": {"family": "c", "params": 100_000, "quantized": 100_000, "layers": 1},
+        "d1": {"family": "d", "params": 900_000_000, "quantized": 900_000_000, "layers": 9},
     }
     # Of the two members of a, the one with pins is the smaller.
-    assert sweep_timm.smallest(attach, list(attach)) == ["c1", "a2"]
+    assert sweep_timm.smallest(attach, list(attach)) == ["c1", "a2", "d1"]
     ran = {
         "a2": {"family": "a", "size": 64, "form": "lsq", "layers": 2},
         "c1": {"family": "c", "error": "logits differ"},
+        "d1": {"family": "d", "error": "RuntimeError: DefaultCPUAllocator: can't allocate memory: you tried to"},
     }
     lines = sweep_timm.table({"attach": attach, "run": ran}).splitlines()
-    assert lines[2:5] == [
+    assert lines[2:6] == [
         "| a | 2 | 1 | 50.0 to 95.0 | a2 | 1.0 | 64 | lsq | yes |",
         "| b | 1 | 0 |  | | | | | not tried |",
         "| c | 1 | all | 100.0 to 100.0 | c1 | 0.1 |  | | no |",
+        "| d | 1 | all | 100.0 to 100.0 | d1 | 900.0 |  | | too large here |",
     ]
-    assert lines[6:] == ["- `a2`: why", "- `b1`: took longer than 5 s", "- `c1`, the whole way: logits differ"]
+    assert lines[7:] == [
+        "- `a2`: why",
+        "- `b1`: took longer than 5 s",
+        "- `c1`, the whole way: logits differ",
+        f"- `d1`, the whole way: {ran['d1']['error']}",
+    ]
 
 
 def test_the_table_of_pretrained_weights_counts_the_drop_from_step_to_step():
