@@ -375,60 +375,89 @@ def test_a_stream_is_searched_and_trained_by_updates_and_resumes(data, tmp_path,
     assert "8 updates of fine-tuning on streamed images" in card
 
 
-def launch(arguments, script=SCRIPT, processes=2):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+def launch(arguments, script=SCRIPT, environment=()):
+    """The run in two processes."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **dict(environment)}
     return subprocess.run(
         [*launcher, str(script), *arguments], capture_output=True, text=True, check=False, env=environment
     )
 
 
-def test_two_processes_resume_in_the_middle_of_an_epoch(data, tmp_path):
-    # The launcher gets a SIGTERM at the twelfth update, the third of the second epoch, and passes it on.
-    stopping = tmp_path / "stopping.py"
+# A run of two processes.
+OF_TWO = {"batch_size": 16, "teacher_batch_size": None, "teacher_epochs": 2, "epochs": 1, "controls": "none"}
+OF_TWO |= {"target_bits": 5, "target_bitops": 5}
+
+
+@pytest.fixture(scope="module")
+def finished_by_two(data, tmp_path_factory):
+    """The folder of a run that was never stopped, and what it printed."""
+    folder = tmp_path_factory.mktemp("runs") / "two"
+    done = launch(options(data, folder, **OF_TWO))
+    assert done.returncode == 0, done.stderr[-2000:]
+    return folder, done.stdout
+
+
+def test_two_processes_find_one_strategy_and_write_one_result(finished_by_two):
+    folder, printed = finished_by_two
+    assert json.loads((folder / "results.json").read_text())["processes"] == 2
+    # Ranks that disagree about a step-down would hang or print twice.
+    assert printed.count("sdq-bits: for 5 average bits") == 1
+    for name in ("sdq-bits-5", "sdq-bitops-5"):
+        model = SDQForImageClassification.from_pretrained(folder / "models" / name)
+        assert rows_of(folder)[name]["average_bits"] == model.strategy.average_bits() <= 6
+
+
+def test_two_processes_that_get_a_sigterm_leave_a_checkpoint_and_resume_exactly(data, finished_by_two, tmp_path):
+    stopping, stopped = tmp_path / "stopping.py", tmp_path / "stopped"
     stopping.write_text(
-        f"""import os, signal, sys
+        f"""import os, pathlib, signal, sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from test_run_sdq import main
 from sdq_hf.training.interrupt import Interrupt
+call, whom = int(os.environ["CALL"]), os.environ["WHOM"]
 asked, calls = Interrupt.requested, []
 def requested(self, accelerator):
     calls.append(1)
-    if accelerator.is_main_process and len(calls) == 12:
-        os.kill(os.getppid(), signal.SIGTERM)
-        os.kill(os.getppid(), signal.SIGTERM)
+    if len(calls) == call and (whom == "ranks" or accelerator.is_main_process):
+        for _ in range(2):
+            os.kill(os.getpid() if whom == "ranks" else os.getppid(), signal.SIGTERM)
     return asked(self, accelerator)
 Interrupt.requested = requested
-sys.exit(main(sys.argv[1:]))
+code = main(sys.argv[1:])
+pathlib.Path({str(tmp_path)!r}, "code" + os.environ["RANK"]).write_text(str(code))
+sys.exit(code)
 """
     )
-    common = {"stage": "teacher", "batch_size": 16, "teacher_batch_size": None}
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    done = launch(options(data, whole, **common))
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert launch(options(data, stopped, **common), script=stopping).returncode != 0
-    assert not (stopped / "teacher" / "model.safetensors").exists()
-    newest = max((stopped / "teacher" / "training").glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
+
+    def stop(call, whom, place, **resume):
+        environment = {"CALL": str(call), "WHOM": whom}
+        done = launch(options(data, stopped, **OF_TWO, **resume), script=stopping, environment=environment)
+        assert done.returncode not in (0, 2)
+        codes = [tmp_path / f"code{rank}" for rank in (0, 1)]
+        assert [code.read_text() for code in codes] == ["143", "143"]
+        for code in codes:
+            code.unlink()
+        return max((stopped / place).glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
+
+    # The launcher passes the signal on in the third update of the teacher's second epoch.
+    newest = stop(12, "launcher", "teacher/training")
     state = json.loads((newest / "state.json").read_text())
     assert state["processes"] == 2
     assert state["state"]["update"] % 9 not in (0, 8)
-    done = launch(options(data, stopped, **common, resume="true"))
+    assert not (stopped / "teacher" / "model.safetensors").exists()
+    # Both ranks get it in a batch of the search.
+    stop(16, "ranks", "search/sdq-bits", resume="true")
+    assert (stopped / "teacher" / "model.safetensors").exists()
+    assert not (stopped / "search" / "sdq-bits.json").exists()
+    done = launch(options(data, stopped, **OF_TWO, resume="true"))
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "goes on from update" in done.stdout
-    files = [(folder / "teacher" / "model.safetensors").read_bytes() for folder in (whole, stopped)]
-    assert files[0] == files[1]
-
-
-def test_two_processes_find_one_strategy_and_write_one_result(data, tmp_path):
-    folder = tmp_path / "run"
-    done = launch(options(data, folder, controls="none", batch_size=16, epochs=1, teacher_epochs=1))
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert json.loads((folder / "results.json").read_text())["processes"] == 2
-    # Ranks that disagree about a step-down would hang or print twice.
-    assert done.stdout.count("sdq-bits: for 3 average bits") == 1
-    for name in ("sdq-bits-3", "sdq-bitops-3"):
-        model = SDQForImageClassification.from_pretrained(folder / "models" / name)
-        assert rows_of(folder)[name]["average_bits"] == model.strategy.average_bits() <= 6
+    whole, _ = finished_by_two
+    assert rows_of(stopped) == rows_of(whole)
+    for path in sorted(whole.rglob("model.safetensors")):
+        assert path.read_bytes() == (stopped / path.relative_to(whole)).read_bytes(), path
+    logs = [json.loads((folder / "search" / "sdq-bits.json").read_text()) for folder in (whole, stopped)]
+    assert {**logs[0], "seconds": 0} == {**logs[1], "seconds": 0}
 
 
 @pytest.fixture
