@@ -34,7 +34,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # The tests of test_search.py that train no network, and all of the other files. (The names of files count for -k too.)
 _UNITS = (
-    "test_updates or test_costs or test_properties or "
+    "test_updates or test_descent or test_costs or test_properties or "
     "((budget or candidates or starts or mean or estimate or holds) and not paper and not halfway)"
 )
 MODULES: dict[str, list[str]] = {
@@ -52,7 +52,14 @@ MODULES: dict[str, list[str]] = {
     "quantizers/bins": ["tests/quantizers/test_weight.py"],
     "quantizers/activation": ["tests/quantizers/test_activation.py"],
     "quantizers/stochastic": ["tests/quantizers/test_stochastic.py"],
-    "search/descent": ["tests/test_costs.py", "tests/search/test_search.py", "tests/test_properties.py", "-k", _UNITS],
+    "search/descent": [
+        "tests/search/test_descent.py",
+        "tests/test_costs.py",
+        "tests/search/test_search.py",
+        "tests/test_properties.py",
+        "-k",
+        _UNITS,
+    ],
     "search/updates": ["tests/search/test_updates.py", "tests/search/test_search.py", "-k", _UNITS],
 }
 # Mutants that compute the same, by module and name: why.

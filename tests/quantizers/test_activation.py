@@ -155,3 +155,22 @@ def test_activations_kept_as_codes_give_the_same_gradients(signed, dtype):
         found.append([leaf.grad, conv.weight.grad.clone(), quantizer.step.grad.clone()])
     for plain, small in zip(*found, strict=True):
         assert torch.equal(plain, small)
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler's own, which differ from version to version
+@pytest.mark.parametrize("signed", [False, True])
+def test_gradients_of_the_path_for_compilers_and_gpus_are_those_of_the_fused_one(signed):
+    x = 3 * torch.randn(500, generator=torch.Generator().manual_seed(0))
+    quantizer = ActivationQuantizer(3)
+    quantizer.fit(x if signed else x.relu())
+    # A step that cuts off values on both sides.
+    quantizer.step.data.mul_(0.4)
+    found = []
+    for function in (quantizer, torch.compile(quantizer, backend="aot_eager", fullgraph=True)):
+        leaf = x.clone().requires_grad_()
+        quantizer.zero_grad()
+        (function(leaf) * torch.arange(500)).sum().backward()
+        found.append((leaf.grad, quantizer.step.grad.clone()))
+    assert torch.equal(found[0][0], found[1][0])
+    assert 0 < (found[0][0] == 0).sum() < 400
+    torch.testing.assert_close(found[0][1], found[1][1])

@@ -100,3 +100,61 @@ def test_the_papers_shares_are_those_of_the_cost_or_of_its_root(shape, expected)
     assert list(update.share.values()) == pytest.approx(expected)
     with pytest.raises(ValueError, match="'sqrt' or 'linear', got 'cube'"):
         Paper(way, 0, {}, cost_shape="cube")
+
+
+def feed(update, name, values):
+    """Observe each of `values` as the damage of `name`, at the upper and the lower bitwidth in turn."""
+    for i, value in enumerate(values):
+        update.observe({name: -value}, {name: float(i % 2 == 0)})
+
+
+def test_a_layer_is_ready_after_three_draws_of_each_place_or_when_its_error_is_half_its_damage_or_after_thirteen():
+    def ready(*values):
+        update = TwoSided(descent([2.0], sizes=(100,)), seed=0)
+        feed(update, "l0", values)
+        return bool(update.next_moves())
+
+    assert not ready(*[0.1] * 5)
+    assert ready(*[0.1] * 6)
+    # Damages of 0.1 +- 1 on both sides: measured well enough at no time.
+    noisy = [1.1, 1.1, -0.9, -0.9] * 4
+    assert not ready(*noisy[:12])
+    assert ready(*noisy[:13])
+    # The mean's standard error of +-1 is about 0.4 of each side after six draws, so 0.3 for both.
+    assert not ready(*[0.5 + x for x in (1, 1, -1, -1) * 3])
+    assert ready(*[0.7 + x for x in (1, 1, -1, -1) * 3])
+
+
+def test_layers_are_compared_by_damage_with_two_errors_for_each_cost_saved():
+    def first(sizes, *values):
+        update = TwoSided(descent([2.0], sizes=sizes), seed=0)
+        for name, damages in zip(update.descent.names, values, strict=True):
+            feed(update, name, damages)
+        return [move.layer for move in update.next_moves()], update
+
+    assert first((100, 100), [0.1] * 8, [0.2] * 8)[0] == ["l0"]
+    # Three times the damage for four times the cost.
+    assert first((100, 400), [0.1] * 8, [0.3] * 8)[0] == ["l1"]
+    assert first((100, 400), [0.1] * 8, [0.5] * 8)[0] == ["l0"]
+    # None does harm: the largest.
+    assert first((100, 400, 50), [-0.1] * 14, [-0.3] * 14, [-0.9] * 14)[0] == ["l1"]
+    noisy = [1 + x for x in (0.1, 0.1, -0.1, -0.1)] * 2
+    (_, update) = first((100, 100), [1.05] * 8, noisy)
+    damage, error = update.estimates()["l1"]
+    assert damage == pytest.approx(1.0, abs=1e-2)
+    least = damage + 2 * error
+    assert least > 1.05
+    for other, expected in ((least - 1e-3, "l0"), (least + 1e-3, "l1")):
+        assert first((100, 100), [other] * 8, noisy)[0] == [expected]
+
+
+def test_several_moves_are_the_best_of_those_that_are_ready():
+    update = TwoSided(descent([2.0], sizes=(100, 100, 100)), seed=0)
+    for name, damages in (("l0", [0.3] * 8), ("l1", [0.1, 0.2] * 2), ("l2", [0.2] * 8)):
+        feed(update, name, damages)
+    # l1 may be the best, and is not measured.
+    assert [move.layer for move in update.next_moves(2)] == ["l2"]
+    assert [(move.layer, move.damage) for move in update.next_moves(3)] == [
+        ("l2", pytest.approx(0.2)),
+        ("l0", pytest.approx(0.3)),
+    ]

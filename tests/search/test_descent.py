@@ -1,0 +1,126 @@
+"""The way down by itself: what it costs at each step, and what is left behind at a budget."""
+
+import json
+import logging
+
+import pytest
+import torch
+
+from sdq_hf import LayerBits, Strategy
+from sdq_hf.costs import get_cost
+from sdq_hf.search import BudgetError
+from sdq_hf.search.descent import Descent
+from sdq_hf.search.units import Unit, input_units, layer_units
+
+
+@pytest.mark.parametrize("cost", ["bits", "bitops"])
+def test_what_channels_cost_is_right_after_each_step_and_a_resume(cost):
+    layers = {"a": LayerBits((8,) * 5, 4, 50, 500), "b": LayerBits((8,) * 3, 4, 90, 30)}
+    start = Strategy.of(layers | {"head": LayerBits(8, 8, 10, 10, pinned=True)})
+    units = {f"{name}[{c}]": Unit((name,), c) for name in layers for c in range(len(layers[name].weight_bits))}
+
+    def descent():
+        return Descent(start, get_cost(cost), [get_cost(cost).of_uniform(start, 1.5)], range(1, 9), units=units)
+
+    way, generator = descent(), torch.Generator().manual_seed(0)
+    while not way.done:
+        way.step_down(way.movable[int(torch.randint(len(way.movable), (), generator=generator))], damage=1.0)
+        now = way.strategy(way.bits)
+        assert way.total() == pytest.approx(get_cost(cost).total(now))
+        assert way.average_bits() == pytest.approx(now.average_bits())
+        resumed = descent()
+        resumed.load_state_dict(json.loads(json.dumps(way.state_dict())))
+        assert (resumed.total(), resumed.average_bits()) == (way.total(), way.average_bits())
+    with pytest.raises(TypeError):
+        way.bits["a[0]"] = 3
+
+
+def test_inputs_cost_what_the_strategy_says_and_count_no_weights():
+    layers = {name: LayerBits(8, 8, n, m) for name, n, m in (("a", 50, 500), ("b", 90, 30), ("c", 20, 70))}
+    start, cost = Strategy.of(layers | {"head": LayerBits(8, 8, 10, 10, pinned=True)}), get_cost("bitops")
+    units = layer_units(start) | input_units(start)
+    budget = cost.total(start.with_bits(2).with_activation_bits(dict.fromkeys(layers, 2)))
+
+    def descent(**changes):
+        return Descent(start, **{"cost": cost, "budgets": [budget], "candidates": [2, 4, 8], "units": units, **changes})
+
+    way, generator = descent(floors={"b": 4}, budgets=[1.5 * budget]), torch.Generator().manual_seed(0)
+    assert (way.floor["b"], way.floor["b.input"], way.floor["a"]) == (4, 2, 2)
+    assert set(way.bits.values()) == {8}
+    while not way.done:
+        for name in way.movable:
+            lower = way.strategy({**way.bits, name: way.next_bits(name)})
+            assert way.saved(name) == pytest.approx(way.total() - cost.total(lower))
+        way.step_down(way.movable[int(torch.randint(len(way.movable), (), generator=generator))], damage=1.0)
+        now = way.strategy(way.bits)
+        assert way.total() == pytest.approx(cost.total(now))
+        assert way.average_bits() == pytest.approx(now.average_bits())
+    with pytest.raises(ValueError, match="in average bits, which does not count them"):
+        descent(cost=get_cost("bits"), budgets=[3.0])
+
+
+def way_of(sizes, budget, **options):
+    """A way down from 6 bits; the budget counts bits of all weights."""
+    start = Strategy.of({name: LayerBits(8, 4, size, size) for name, size in sizes.items()})
+    return Descent(start, get_cost("bits"), [budget / sum(sizes.values())], range(1, 9), **options)
+
+
+def found_after(way, *steps):
+    for name, damage in steps:
+        assert not way.done
+        way.step_down(name, damage)
+    assert way.done
+    return way.strategies()[0].weight_bits
+
+
+def test_what_a_large_step_leaves_over_goes_to_the_layer_with_the_largest_damage_that_fits():
+    way = way_of({"a": 1000, "b": 220, "c": 200, "d": 300}, 8900 + 230)
+    # 10,320 at the start, 8,600 after the steps: d would fit the most, but 300 are too many once b is raised.
+    steps = [("b", 0.9), ("c", 0.5), ("d", 0.7), ("a", 2.0)]
+    assert found_after(way, *steps) == {"a": 5, "b": 6, "c": 5, "d": 6}
+
+
+def test_a_layer_steps_down_for_another_where_too_much_would_be_left_over():
+    # 12,900 at the start, 10,750 after the steps; 500 are left over, too few for any of them. One bit less in d or in e makes
+    # room for a, and d's next step is the one that harms less.
+    sizes = {"a": 1000, "d": 600, "e": 550}
+    assert found_after(way_of(sizes, 11_250), ("d", 0.1), ("e", 0.3), ("a", 0.5)) == {"a": 6, "d": 4, "e": 5}
+    assert found_after(way_of(sizes, 11_250), ("d", 0.3), ("e", 0.1), ("a", 0.5)) == {"a": 6, "d": 5, "e": 4}
+
+
+def test_what_no_exchange_can_use_is_told(caplog):
+    with caplog.at_level(logging.WARNING):
+        assert found_after(way_of({"a": 1000, "b": 10}, 5500), ("a", 0.1)) == {"a": 5, "b": 6}
+    assert "Budget of 5.446 average bits: the nearest strategy below it costs 5.01 average bits" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        # Within 0.05 bits.
+        assert found_after(way_of({"a": 1000, "b": 10}, 5100), ("a", 0.1)) == {"a": 5, "b": 6}
+    assert caplog.text == ""
+
+
+def test_rungs_and_steps_follow_the_ladder():
+    way = way_of({"a": 1000, "b": 10}, 3000, floors={"b": 5}, start_bits=7)
+    assert way.rungs("a") == [1, 2, 3, 4, 5, 6, 7]
+    assert way.rungs("b") == [5, 6, 7]
+    assert (way.next_bits("a"), way.next_bits("b"), way.movable) == (6, 6, ["a", "b"])
+    for bits in (6, 5):
+        way.step_down("b", 0.1)
+        assert way.bits["b"] == bits
+    assert way.next_bits("b") is None
+    assert way.movable == ["a"]
+
+
+def test_wrong_starts_floors_and_budgets_are_refused():
+    with pytest.raises(BudgetError, match="No budget given"):
+        Descent(Strategy.of({"a": LayerBits(8, 4, 9, 9)}), get_cost("bits"), [], range(1, 9))
+    with pytest.raises(ValueError, match=r"one of the candidates \[1, 2, 3, 4, 5, 6, 7, 8\], got 9"):
+        way_of({"a": 10}, 30, start_bits=9)
+    with pytest.raises(ValueError, match=r"floors\['a'\] must be at most 8, the largest candidate, got 9"):
+        way_of({"a": 10}, 30, floors={"a": 9})
+    with pytest.raises(BudgetError, match=r"start_bits 2 is below the budget of 3 average bits.*at 6 for example"):
+        way_of({"a": 10}, 30, start_bits=2)
+    # A start within the cost's tolerance of the budget is none below it.
+    assert way_of({"a": 10}, 20.4, start_bits=2).done
+    with pytest.raises(ValueError, match="belongs to another network"):
+        way_of({"a": 10}, 30).load_state_dict(way_of({"b": 10}, 30).state_dict())
