@@ -66,6 +66,14 @@ MODULES: dict[str, list[str]] = {
 _UNIFORM = "in `return torch.rand(count, generator=generator, dtype=torch.float64).clamp_(1e-12, 1 - 1e-12)`"
 EQUIVALENT: dict[tuple[str, str], str] = {
     (
+        "quantizers/weight",
+        "rows and (not w.is_meta) -> rows or not w.is_meta in `if rows and not w.is_meta:`",
+    ): "fitting no channels, or on the meta device, changes nothing",
+    (
+        "search/descent",
+        "-1 -> +1 in `return max(above[0] if above else self.candidates[-1], usual[0] if usual else self.candidates[-1])`",
+    ): "a budget above the top of the ladder is refused before",
+    (
         "quantizers/bins",
         "1 -> 2 in `variance = (squares / count.clamp_min(1) - mean.square()) * (count >= 2)`",
     ): "differs in bins of fewer than two weights, which the last factor drops",
@@ -230,15 +238,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--modules", nargs="+", choices=MODULES, default=list(MODULES))
     parser.add_argument("--sample", type=int, help="so many mutants of each module, at random (seed 0); default: all")
-    parser.add_argument("--again", type=Path, help="result of an earlier run: only the mutants that survived in it")
+    parser.add_argument("--again", type=Path, help="result of an earlier run: only what survived in it")
     parser.add_argument("--seconds", type=float, default=120, help="for the tests of one mutant")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="result; other modules that it has stay in it")
     options = parser.parse_args()
     os.chdir(ROOT)
     sys.path.insert(0, str(ROOT))
     import_libraries()
-    earlier = json.loads(options.again.read_text())["modules"] if options.again else None
-    result: dict[str, Any] = {"command": " ".join(["python", "scripts/mutate.py", *sys.argv[1:]]), "modules": {}}
+    earlier = json.loads(options.again.read_text())["modules"] if options.again else {}
+    result = json.loads(options.out.read_text()) if options.out and options.out.exists() else {"modules": {}}
     result["versions"] = {name: version(name) for name in ("torch", "pytest", "hypothesis")}
     for module in options.modules:
         path = (ROOT / "sdq_hf" / f"{module}.py").resolve()
@@ -246,29 +254,27 @@ def main() -> None:
         if not survives(path, None, tests, 10 * options.seconds):
             raise SystemExit(f"{module}: its tests fail without any change.")
         found = list(mutants(path.read_text()))
-        chosen = found
-        if earlier is not None:
-            survivors = earlier.get(module, {"survived": []})["survived"]
-            chosen = [(name, tree) for name, tree in found if name in survivors]
-        if options.sample is not None and options.sample < len(chosen):
-            chosen = random.Random(0).sample(chosen, options.sample)
-        left = [name for name, tree in chosen if survives(path, tree, tests, options.seconds)]
-        known = {name: EQUIVALENT[module, name] for name in left if (module, name) in EQUIVALENT}
-        survived = [name for name in left if name not in known]
-        result["modules"][module] = {
-            "mutants": len(found),
-            "tried": len(chosen),
-            "equivalent": known,
-            "survived": survived,
-        }
-        print(
-            f"{module}: {len(chosen)} of {len(found)} mutants, {len(survived)} survived",
-            *survived,
-            sep="\n  ",
-            flush=True,
-        )
-        if options.out:
-            options.out.write_text(json.dumps(result, indent=2) + "\n")
+        before = earlier.get(module, {"tried": 0, "equivalent": {}, "survived": []})
+        chosen = [(name, tree) for name, tree in found if not options.again or name in before["survived"]]
+        # In random order, so that a run that is stopped leaves a sample.
+        chosen = random.Random(0).sample(chosen, min(options.sample or len(chosen), len(chosen)))
+        row = result["modules"][module] = {"command": " ".join(["python", "scripts/mutate.py", *sys.argv[1:]])}
+        row |= {"mutants": len(found), "tried": before["tried"], "survived": []}
+        row["equivalent"] = dict(before["equivalent"])
+        for name, tree in chosen:
+            row["tried"] += not options.again
+            if survives(path, tree, tests, options.seconds):
+                if (module, name) in EQUIVALENT:
+                    row["equivalent"][name] = EQUIVALENT[module, name]
+                else:
+                    row["survived"].append(name)
+                    print(f"{module}: {name}", flush=True)
+            if options.out:
+                # Not by the package's own function: each fork imports the package anew.
+                beside = options.out.with_suffix(".tmp")
+                beside.write_text(json.dumps(result, indent=2) + "\n")
+                beside.replace(options.out)
+        print(f"{module}: {row['tried']} of {len(found)} mutants, {len(row['survived'])} survived", flush=True)
 
 
 if __name__ == "__main__":

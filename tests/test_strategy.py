@@ -146,3 +146,11 @@ def test_an_unknown_layer_has_its_nearest_names_in_the_message():
         STRATEGY["qqq"]
     with pytest.raises(KeyError, match=r"No layer 'x{96}\.\.\. in"):
         STRATEGY["x" * 200]
+    whole, cut = "x" * 98, "x" * 99
+    with pytest.raises(KeyError, match=f"No layer '{whole}' in"):
+        STRATEGY[whole]
+    with pytest.raises(KeyError, match=r"No layer 'x{96}\.\.\. in"):
+        STRATEGY[cut]
+    alike = Strategy.of({f"layer{i}": STRATEGY["wide"] for i in range(5)})
+    with pytest.raises(KeyError, match=r"near names: layer\d, layer\d, layer\d\."):
+        alike["layer"]

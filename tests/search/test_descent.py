@@ -59,6 +59,18 @@ def test_inputs_cost_what_the_strategy_says_and_count_no_weights():
         descent(cost=get_cost("bits"), budgets=[3.0])
 
 
+def test_rungs_of_inputs_are_those_that_save_something_beside_weights_of_the_most_bits():
+    start = Strategy.of({"a": LayerBits(8, 8, 10, 10)})
+    rows = {"2": {"2": 1, "4": 1, "8": 1}, "4": {"2": 2, "4": 4, "8": 4}, "8": {"2": 4, "4": 4, "8": 8}}
+    cost = get_cost({"name": "own", "unit": "us", "per_mac": rows})
+    way = Descent(start, cost, [20], [2, 4, 8], units=layer_units(start) | input_units(start))
+    assert way.ladder["a.input"] == [2, 4, 8]
+    # 4-bit inputs beside 8-bit weights would cost as much as 8-bit ones.
+    rows["4"]["8"] = 8
+    way = Descent(start, get_cost({"name": "own", "unit": "us", "per_mac": rows}), [20], [2, 4, 8], units=way.units)
+    assert way.ladder["a.input"] == [2, 8]
+
+
 def way_of(sizes, budget, **options):
     """A way down from 6 bits; the budget counts bits of all weights."""
     start = Strategy.of({name: LayerBits(8, 4, size, size) for name, size in sizes.items()})
