@@ -66,6 +66,10 @@ MODULES: dict[str, list[str]] = {
 _UNIFORM = "in `return torch.rand(count, generator=generator, dtype=torch.float64).clamp_(1e-12, 1 - 1e-12)`"
 EQUIVALENT: dict[tuple[str, str], str] = {
     (
+        "search/updates",
+        "u < 1 - end -> u <= 1 - end in `return 1.0 if u < end else 0.5 if u < 1 - end else 0.0`",
+    ): "a draw right at the border, which has probability 0",
+    (
         "quantizers/weight",
         "rows and (not w.is_meta) -> rows or not w.is_meta in `if rows and not w.is_meta:`",
     ): "fitting no channels, or on the meta device, changes nothing",
@@ -258,9 +262,10 @@ def main() -> None:
         chosen = [(name, tree) for name, tree in found if not options.again or name in before["survived"]]
         # In random order, so that a run that is stopped leaves a sample.
         chosen = random.Random(0).sample(chosen, min(options.sample or len(chosen), len(chosen)))
-        row = result["modules"][module] = {"command": " ".join(["python", "scripts/mutate.py", *sys.argv[1:]])}
+        row: dict[str, Any] = {"command": " ".join(["python", "scripts/mutate.py", *sys.argv[1:]])}
         row |= {"mutants": len(found), "tried": before["tried"], "survived": []}
         row["equivalent"] = dict(before["equivalent"])
+        result["modules"][module] = row
         for name, tree in chosen:
             row["tried"] += not options.again
             if survives(path, tree, tests, options.seconds):
