@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import bench_searches  # noqa: E402
 import compare_runs  # noqa: E402
+import make_lut_table  # noqa: E402
 import study_ablations  # noqa: E402
 import study_bins  # noqa: E402
 import study_landscape  # noqa: E402
@@ -48,6 +49,7 @@ TABLES: dict[str, Callable[[list[Any]], str]] = {
     "signal": lambda files: study_signal.table(files[0]["cells"]),
     "networks": lambda files: sweep_timm.table(files[0]),
     "pretrained": lambda files: study_pretrained.table(files[0]["cells"]),
+    "luts": lambda files: make_lut_table.markdown(files[0]),
     "search": lambda files: study_search.table([cell for content in files for cell in content["cells"]]),
 }
 _BLOCK = re.compile(r"<!-- table: (\w+) ([^>]+?) -->\n.*?<!-- /table -->", re.DOTALL)

