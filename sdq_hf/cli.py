@@ -19,8 +19,10 @@ from transformers import AutoConfig
 from .checkpoint import DIGEST
 from .configuration_sdq import SDQConfig
 from .costs import bitops_text
+from .export.report import cost_report, report_text
 from .layers import PACKED, is_quantizer_state
 from .strategy import FLOAT_BITS, LayerBits, Strategy, bits_text
+from .writing import write_json
 
 # Of sdq_hf.export.artefacts, which is imported when it is used.
 EXPORT_TARGETS = ("qonnx",)
@@ -65,6 +67,24 @@ def _parser() -> argparse.ArgumentParser:
     diff.add_argument("second", help=_MODEL_HELP)
     diff.set_defaults(run=_diff)
 
+    report = commands.add_parser(
+        "report",
+        help="print what each layer costs on hardware that computes at its bits",
+        description="Print the bytes, MACs, BitOPs and estimated LUTs of every layer, and what each number is. Downloads "
+        "config.json only.",
+    )
+    report.add_argument("model", help=_MODEL_HELP)
+    report.add_argument("--json", type=Path, metavar="FILE", help="Also write it as JSON.")
+    report.add_argument(
+        "--zigzag",
+        nargs="?",
+        const="tpu_like",
+        metavar="ACCELERATOR",
+        help="Also latency and memory energy by the model ZigZag, a second or two a layer (needs sdq-hf[fpga]); default "
+        "accelerator: tpu_like.",
+    )
+    report.set_defaults(run=_report)
+
     push = commands.add_parser(
         "push",
         help="publish a model, or all budgets of a run, on the Hub",
@@ -107,9 +127,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _info(options: argparse.Namespace) -> int:
     config, files = _config(options.model), _tensors(options.model)
-    strategy = Strategy.from_json(config.strategy or [])
-    if not strategy:
-        raise ValueError(f"{options.model}: config.json has no strategy.")
+    strategy = _strategy(options.model, config)
     print(f"{options.model}: {config.architecture}, {config.num_labels} classes, images {list(config.input_size)}")
     print(strategy.table())
     whole = sum(size for size, _ in files.values())
@@ -136,6 +154,21 @@ def _diff(options: argparse.Namespace) -> int:
             f"{title}: {strategy.average_bits():.2f} average bits, {strategy.weight_bytes() / 1e3:,.1f} kB of weights, "
             f"{bitops_text(strategy.bitops())}"
         )
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    config = _config(options.model)
+    strategy, memory = _strategy(options.model, config), None
+    if options.zigzag is not None:
+        from .configured import timm_backbone
+        from .export.zigzag import layer_shapes, memory_model
+
+        memory = memory_model(strategy, layer_shapes(timm_backbone(config), config.input_size), options.zigzag)
+    report = cost_report(strategy, memory=memory)
+    print(report_text(report))
+    if options.json is not None:
+        write_json(options.json, report)
     return 0
 
 
@@ -198,6 +231,13 @@ def _config(model: str) -> SDQConfig:
     if not isinstance(config, SDQConfig):
         raise ValueError(f"{model} is a model of type {config.model_type!r}, not 'sdq'.")
     return config
+
+
+def _strategy(model: str, config: SDQConfig) -> Strategy:
+    strategy = Strategy.from_json(config.strategy or [])
+    if not strategy:
+        raise ValueError(f"{model}: config.json has no strategy.")
+    return strategy
 
 
 def _float_bytes(strategy: Strategy, files: Mapping[str, tuple[int, Mapping[str, int]]]) -> int:
