@@ -77,11 +77,5 @@ pretrained: .venv-pretrained/installed  ## Quantize real pretrained weights to 8
 	.venv-pretrained/bin/python scripts/study_pretrained.py --out docs/results/pretrained.json
 
 # The numbers depend on the version of yosys; a simulator of the system, iverilog, makes the tests fast.
-.venv-fpga/installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv --clear .venv-fpga
-	.venv-fpga/bin/python -m pip install --quiet --disable-pip-version-check uv
-	.venv-fpga/bin/uv pip install --quiet --python .venv-fpga/bin/python --constraint constraints.txt --editable '.[dev,fpga]'
-	touch $@
-
-luts: .venv-fpga/installed  ## Synthesise the dot-product unit at all bits for the table of LUTs, 1 to 2 hours; may be stopped.
-	.venv-fpga/bin/python scripts/make_lut_table.py $(ARGS)
+luts: .venv/installed  ## Synthesise the dot-product unit at all bits for the table of LUTs, 1 to 2 hours; may be stopped.
+	$(BIN)/python scripts/make_lut_table.py $(ARGS)

@@ -3,22 +3,25 @@
 integers.safetensors   integers of weights and biases
 manifest.json          everything that is done with them, sha256 of the files, versions
 verification.json      each export beside the integer reference
-model.qonnx.onnx, ...  the exports asked for
+model.qonnx.onnx, verilog/, ...  the exports asked for
 """
 
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..modeling_sdq import SDQForImageClassification
 from ..writing import remove, save_tensors, write_json, writing
-from .graph import IntegerNetwork
+from .graph import IntegerNetwork, Layer, Quantize
 from .lower import ExportError, integer_network
 from .manifest import integers, manifest, versions
 from .verify import REAL, Comparison, Runner, cases, compare, simulation, with_one_weight_changed
@@ -45,8 +48,36 @@ def _qonnx(network: IntegerNetwork, folder: Path, images: Tensor) -> Written:
     return Written(lambda batch: run_qonnx(path, batch), most_images=256)
 
 
+def _verilog(network: IntegerNetwork, folder: Path, images: Tensor) -> Written:
+    """The classifier as a Verilog module; what stands before it is computed by the integers when it is simulated."""
+    from .verilog import find_simulator, simulate_dense, write_dense
+
+    head = network.output
+    if not (isinstance(head, Layer) and head.is_linear and isinstance(head.weight_bits, int)):
+        raise ExportError(
+            f"The last node {head.name!r} is no linear layer of one bitwidth: the target verilog writes the classifier only."
+        )
+    source = network[head.inputs[0]]
+    assert isinstance(source, Quantize)
+    path = folder / "verilog"
+    bias = None if head.bias is None else head.bias.numpy()
+    write_dense(path, head.weight.numpy(), bias, head.weight_bits, source.bits, source.signed, grid=head.grid)
+    # Of each output: a logit is its integer times 2^exponent.
+    exponents = [source.exponent + exponent for exponent in head.exponents]
+    write_json(path / "outputs.json", {"exponents": exponents})
+    find_simulator()
+
+    def run(batch: Tensor) -> np.ndarray:
+        inputs = network.integers_of(source.name, batch)
+        with tempfile.TemporaryDirectory() as scratch:
+            copy = Path(shutil.copytree(path, Path(scratch) / "verilog"))
+            return simulate_dense(copy, inputs.numpy()) * 2.0 ** np.array(exponents)
+
+    return Written(run)
+
+
 # What can be exported: (network, folder, real images) -> what was written.
-TARGETS: dict[str, Callable[[IntegerNetwork, Path, Tensor], Written]] = {"qonnx": _qonnx}
+TARGETS: dict[str, Callable[[IntegerNetwork, Path, Tensor], Written]] = {"qonnx": _qonnx, "verilog": _verilog}
 
 
 def check_targets(targets: Sequence[str]) -> None:

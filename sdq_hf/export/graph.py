@@ -15,6 +15,8 @@ from torch import Tensor
 
 # What float32 and float64 hold exactly; beyond, a sum of floats may be another number than the sum of integers.
 FLOAT32_EXACT, FLOAT64_EXACT = 2**24, 2**53
+# Images that are computed at a time; int64 takes twice the memory of float32.
+BATCH = 64
 # The name of what the first nodes take.
 IMAGE = "image"
 
@@ -274,9 +276,14 @@ class IntegerNetwork:
                     values.pop(name, None)
         return values if keep else {self.output.name: values[self.output.name]}
 
+    def integers_of(self, name: str, pixel_values: Tensor) -> Tensor:
+        """Integers of the node `name` (int64 [B, *shape]) for any number of images (float32 [B, C, H, W])."""
+        keep = name != self.output.name
+        return torch.cat([self.run(part, keep=keep)[name] for part in pixel_values.split(BATCH)])
+
     def logits(self, pixel_values: Tensor) -> Tensor:
-        """Logits (float64 [B, num_labels], exact) of images (float32 [B, C, H, W])."""
-        return self.run(pixel_values)[self.output.name].double() * 2.0**self.output.exponent
+        """Logits (float64 [B, num_labels], exact) of any number of images (float32 [B, C, H, W])."""
+        return self.integers_of(self.output.name, pixel_values).double() * 2.0**self.output.exponent
 
     def inexact_in_float32(self) -> list[str]:
         """Nodes where float32 may compute another number: the integers, or a sum on the way, can reach 2^24."""

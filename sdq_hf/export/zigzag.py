@@ -81,7 +81,7 @@ def memory_model(
         import zigzag
         from zigzag.api import get_hardware_performance_zigzag
     except ImportError as error:
-        raise RuntimeError(f"ZigZag cannot be imported ({error}): pip install 'sdq-hf[fpga]'.") from None
+        raise RuntimeError(f"ZigZag cannot be imported ({error}): pip install 'sdq-hf[zigzag]'.") from None
     files = Path(next(iter(zigzag.__path__))) / "inputs"
     known = sorted(path.stem for path in (files / "hardware").glob("*.yaml"))
     if accelerator not in known:

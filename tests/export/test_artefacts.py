@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +46,18 @@ def test_a_folder_describes_its_integers(tmp_path: Path):
         units = 2.0 ** tensors[f"{name}.exponents"].double().view(-1, *[1] * (weight.dim() - 1))
         with torch.no_grad():
             assert torch.equal(weight.double() * units, model.quantized_layers()[name].quantized_weight().double())
+
+
+@pytest.mark.skipif(shutil.which("iverilog") is None, reason="no Verilog simulator")
+@pytest.mark.parametrize("bits", [8, 3])
+def test_the_classifier_in_verilog_computes_the_logits(tmp_path: Path, bits: int):
+    model, images = profile_of(first_last_bits=bits)
+    report = export_model(model, tmp_path / "out", ["verilog"], images)
+    found = [c for c in report["comparisons"] if c["what"] == "verilog"]
+    assert [c["equal"] for c in found] == [True, True]
+    assert found[0]["differ_from_control"] > 0
+    names = {path.name for path in (tmp_path / "out" / "verilog").iterdir()}
+    assert names == {"head.v", "dense.v", "dot.v", "weights.hex", "biases.hex", "dense.json", "outputs.json"}
 
 
 def wrong(network, folder: Path, images: torch.Tensor) -> Written:
