@@ -21,9 +21,10 @@ from torch import Tensor
 
 from ..modeling_sdq import SDQForImageClassification
 from ..writing import remove, save_tensors, write_json, writing
-from .graph import IntegerNetwork, Layer, Quantize
+from .graph import BATCH, IntegerNetwork, Layer, Quantize
 from .lower import ExportError, integer_network
 from .manifest import integers, manifest, versions
+from .optional import needed
 from .verify import REAL, Comparison, Runner, cases, compare, simulation, with_one_weight_changed
 
 
@@ -33,7 +34,7 @@ class VerificationError(ExportError):
 
 @dataclass(frozen=True)
 class Written:
-    """What a target has left: how to run it, and what is claimed of it. `most_images`: so many are enough, as it is slow."""
+    """What a target has left: how to run it, and what is claimed of it. most_images: so many are enough, as it is slow."""
 
     run: Runner
     exact: bool = True
@@ -46,6 +47,30 @@ def _qonnx(network: IntegerNetwork, folder: Path, images: Tensor) -> Written:
     path = folder / "model.qonnx.onnx"
     export_qonnx(network, path)
     return Written(lambda batch: run_qonnx(path, batch), most_images=256)
+
+
+def _onnx(network: IntegerNetwork, folder: Path, images: Tensor) -> Written:
+    needed("onnx", "onnx")
+    needed("onnxruntime", "onnx")
+    from .onnx_qdq import export_onnx
+
+    path = folder / "model.onnx"
+    export_onnx(network, path)
+    # A sum that float32 cannot hold may come out otherwise in another order.
+    return Written(lambda batch: run_onnx(path, batch), exact=not network.inexact_in_float32())
+
+
+def run_onnx(path: Path, images: Tensor) -> np.ndarray:
+    """Logits (float32 [B, num_labels]) of images (float32 [B, C, H, W]) by ONNX Runtime on a CPU.
+
+    With its basic optimisations, which keep every operation: the others put numbers together that were rounded apart.
+    """
+    ort = needed("onnxruntime", "onnx")
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    source = session.get_inputs()[0].name
+    return np.concatenate([session.run(None, {source: part.numpy()})[0] for part in images.split(BATCH)])
 
 
 def _verilog(network: IntegerNetwork, folder: Path, images: Tensor) -> Written:
@@ -77,7 +102,11 @@ def _verilog(network: IntegerNetwork, folder: Path, images: Tensor) -> Written:
 
 
 # What can be exported: (network, folder, real images) -> what was written.
-TARGETS: dict[str, Callable[[IntegerNetwork, Path, Tensor], Written]] = {"qonnx": _qonnx, "verilog": _verilog}
+TARGETS: dict[str, Callable[[IntegerNetwork, Path, Tensor], Written]] = {
+    "qonnx": _qonnx,
+    "onnx": _onnx,
+    "verilog": _verilog,
+}
 
 
 def check_targets(targets: Sequence[str]) -> None:
