@@ -9,12 +9,14 @@ with a stem of stride 1, and in V2 one more stage at full resolution: the stride
 leave a single pixel of a small image long before the last stage.
 """
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from functools import partial
 from typing import Any
 
 import timm
+import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from timm.layers import get_act_layer
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
@@ -136,18 +138,48 @@ for _version, _blocks in _MOBILENETS.items():
         )
 
 
-def create_backbone(architecture: str, **kwargs: Any) -> nn.Module:
-    """`timm.create_model`, with near names in the error for a name that timm does not know."""
+def create_backbone(architecture: str, *, pretrained_path: str | os.PathLike | None = None, **kwargs: Any) -> nn.Module:
+    """`timm.create_model`, with near names in the error for a name that timm does not know.
+
+    pretrained_path: a file of weights that takes the place of timm's pretrained ones, as timm's `--pretrained-path` does:
+    the head is new, of `num_classes`, and the first layer is adapted to `in_chans`. Raises `ValueError` when another layer
+    finds no weights in it.
+    """
     name = architecture.split(".")[0]
     if not timm.is_model(name):
         known = timm.list_models()
         near = get_close_matches(name, known, n=3, cutoff=0.5)
         hint = f" Near names: {', '.join(near)}." if near else ""
         raise ValueError(f"Unknown timm model {architecture!r}.{hint} `timm.list_models()` lists {len(known)} names.")
+    if pretrained_path:
+        return _from_pretrained_file(architecture, os.fspath(pretrained_path), kwargs)
     try:
         return timm.create_model(architecture, **kwargs)
     except Exception as error:  # each family of networks refuses wrong arguments in a way of its own
         raise ValueError(f"timm cannot make {architecture!r} with {short(kwargs)}: {error}") from error
+
+
+def _from_pretrained_file(architecture: str, path: str, kwargs: Mapping[str, Any]) -> nn.Module:
+    classes = timm.get_pretrained_cfg(architecture).num_classes
+    # -1 is no head's size, so that timm takes none from the file.
+    overlay = {"file": path, "num_classes": -1}
+    given = {"num_classes": classes, **kwargs, "pretrained": True, "pretrained_cfg_overlay": overlay}
+    # timm leaves at random what it finds no weights for, without a word. That alone differs where the draws do.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(torch.initial_seed() + 1)
+        other = create_backbone(architecture, **given).state_dict()
+    network = create_backbone(architecture, **given)
+    config: Any = network.pretrained_cfg
+    heads = config["classifier"] if isinstance(config["classifier"], tuple | list) else [config["classifier"]]
+    for name, tensor in network.state_dict().items():
+        if name.rpartition(".")[0] not in heads and not torch.equal(tensor, other[name]):
+            raise ValueError(
+                f"{path} has no weights for {name!r} of {architecture!r}, and only the head may be new: it is of another "
+                "network, or its tensors have other names."
+            )
+    # Neither the path nor the -1 is for others; what describes the images stays.
+    config |= {"file": None, "num_classes": classes}
+    return network
 
 
 def set_grad_checkpointing(network: Any, enable: bool = True) -> None:

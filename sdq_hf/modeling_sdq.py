@@ -89,6 +89,7 @@ class SDQForImageClassification(PackedFilesMixin):
         id2label: Mapping[int, str] | None = None,
         model_args: Mapping[str, Any] | None = None,
         img_size: int | None = None,
+        pretrained_path: str | os.PathLike | None = None,
         **config_kwargs: Any,
     ) -> "SDQForImageClassification":
         """A quantized model from a timm model and its float weights.
@@ -100,9 +101,10 @@ class SDQForImageClassification(PackedFilesMixin):
             id2label: label names; sets num_labels. Default: ImageNet's, with pretrained weights that have them.
             model_args: further arguments of `timm.create_model`, e.g. `{"in_chans": 1}`.
             img_size: side of the square images in pixels; default: the model's own.
+            pretrained_path: a file to take the place of timm's pretrained weights; the head is new, of `num_labels`.
             config_kwargs: fields of `SDQConfig`.
 
-        Raises `ValueError` for an unknown model, with near names.
+        Raises `ValueError` for an unknown model, with near names, and for weights of another network.
         """
         if id2label is not None:
             num_labels = len(id2label)
@@ -111,10 +113,11 @@ class SDQForImageClassification(PackedFilesMixin):
             architecture,
             pretrained=pretrained,
             checkpoint_path=os.fspath(checkpoint_path or ""),
+            pretrained_path=pretrained_path,
             **head,
             **(model_args or {}),
         )
-        if pretrained:
+        if pretrained and not pretrained_path:
             config_kwargs.setdefault("base_model", hub_id(source))
             id2label = id2label if id2label is not None else pretrained_labels(source)
         return cls.from_float(

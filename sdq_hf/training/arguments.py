@@ -34,6 +34,9 @@ class ModelArguments:
     model: str = _option("resnet20_cifar", "timm model name.")
     pretrained: bool = _option(False, "Start from timm's pretrained weights.")
     checkpoint: str | None = _option(None, "File with float weights of the model, as timm reads it.")
+    pretrained_path: str | None = _option(
+        None, "File with weights to start from in place of timm's pretrained ones; the head is new."
+    )
     candidates: list[int] = _option([1, 2, 3, 4, 5, 6, 7, 8], "Bitwidths that a layer may have.")
     granularity: Literal["layer", "block", "net", "kernel"] = _option(
         "layer", "What shares one bitwidth; kernel: each output channel has its own."
@@ -217,7 +220,7 @@ _NOT_IN_COMMAND = {
     *("output_dir", "stage", "resume", "report_to", "cpu", "workers", "prefetch_factor", "pin_memory"),
     *("push_to_hub", "hub_model_id", "hub_private_repo", "hub_license", "save_steps", "save_total_limit"),
 }
-_PATHS = {"dataset", "data_dir", "checkpoint", "kd_teacher_checkpoint"}
+_PATHS = {"dataset", "data_dir", "checkpoint", "pretrained_path", "kd_teacher_checkpoint"}
 
 
 class ArgumentError(ValueError):
@@ -366,10 +369,13 @@ def _check(arguments: Arguments) -> None:
             raise ArgumentError(f"--{name} must be 0 or more, got {value}")
     for option, file in (
         ("checkpoint", arguments.model.checkpoint),
+        ("pretrained_path", arguments.model.pretrained_path),
         ("kd_teacher_checkpoint", tune.kd_teacher_checkpoint),
     ):
         if file is not None and not Path(file).is_file():
             raise ArgumentError(f"--{option} {file} is no file")
+    if arguments.model.checkpoint and arguments.model.pretrained_path:
+        raise ArgumentError("--checkpoint has all weights and --pretrained_path all but the head: give one of them")
     try:
         check_names(tune)
     except ValueError as error:

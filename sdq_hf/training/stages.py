@@ -196,6 +196,7 @@ class Run:
             model.model,
             pretrained=model.pretrained,
             checkpoint_path=model.checkpoint or "",
+            pretrained_path=model.pretrained_path,
             num_classes=len(self.data.label_names),
             **self.model_args,
         )
@@ -221,7 +222,7 @@ class Run:
             weight_grid=model.weight_grid,
             weight_scale=model.weight_scale,
             scales=model.scales,
-            base_model=hub_id(network) if model.pretrained else None,
+            base_model=hub_id(network) if model.pretrained and not model.pretrained_path else None,
         )
         if self.arguments.run.grad_checkpointing:
             set_grad_checkpointing(quantized.timm_model)
@@ -299,7 +300,8 @@ class Run:
         if epochs is not None:
             return epochs
         # timm gives a pretrained network a new, random head where the classes differ: that one must be trained.
-        given = model.checkpoint or (model.pretrained and self._fits_data(self.network))
+        has_head = model.pretrained and not model.pretrained_path and self._fits_data(self.network)
+        given = model.checkpoint or has_head
         return 0 if given else 30
 
     def _checkpointing(self) -> dict[str, Any]:

@@ -146,6 +146,23 @@ def test_every_row_is_what_its_file_gives_in_a_plain_loop(data, finished):
     assert rows["full precision"]["top1"] > 90
 
 
+def test_weights_in_place_of_pretrained_ones_get_a_head_that_is_trained(tmp_path, capsys):
+    images, labels = pictures(24, 2)
+    features = Features({"image": Image(), "label": ClassLabel(names=["top", "high", "low", "bottom"])})
+    columns = {"image": list(images), "label": labels.tolist()}
+    Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "train.parquet")
+    network = timm.create_model("resnet8_cifar", num_classes=10, in_chans=1)
+    torch.save(network.state_dict(), tmp_path / "ten.pth")
+    start = {"pretrained_path": tmp_path / "ten.pth", "stage": "teacher", "teacher_lr": 1e-9}
+    start |= {"teacher_weight_decay": 0, "teacher_epochs": None, "validation_fraction": 0.2}
+    assert main(options(tmp_path, tmp_path / "run", **start)) == 0
+    # 30 epochs by default: the head is new, whatever the file has.
+    assert "epoch 30/30" in capsys.readouterr().out
+    found, given = load_file(tmp_path / "run" / "teacher" / "model.safetensors"), network.state_dict()
+    assert found["fc.weight"].shape[0] == CLASSES
+    torch.testing.assert_close(found["layer2.0.conv1.weight"], given["layer2.0.conv1.weight"], atol=1e-6, rtol=0)
+
+
 def test_strategies_are_within_their_budgets(finished):
     folder, _ = finished
     rows = rows_of(folder)
@@ -564,6 +581,9 @@ def test_a_wrong_token_is_told_before_the_run(data, hub, tmp_path, capsys, monke
         ({"kd_teacher": "resnot18"}, "resnet18"),
         ({"kd_teacher": "resnet18"}, "nothing to teach"),
         ({"checkpoint": "/nowhere.pth"}, "--checkpoint /nowhere.pth is no file"),
+        ({"pretrained_path": "/nowhere.pth"}, "--pretrained_path /nowhere.pth is no file"),
+        ({"pretrained_path": SCRIPT, "checkpoint": SCRIPT}, "give one of them"),
+        ({"pretrained_path": SCRIPT}, "timm cannot make 'resnet8_cifar'"),
         ({"start_bits": 2}, "start above it"),
         ({"mixup": 0.2, "batch_size": 15}, "even --batch_size"),
         ({"batch_size": 0}, "--batch_size must be above 0"),
