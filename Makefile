@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check style test-lowest bench peers pretrained luts
+.PHONY: help demo test check style test-lowest bench peers pretrained transfer luts
 
 help:  ## List the targets.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -79,3 +79,12 @@ pretrained: .venv-pretrained/installed  ## Quantize real pretrained weights to 8
 # The numbers depend on the version of yosys; a simulator of the system, iverilog, makes the tests fast.
 luts: .venv/installed  ## Synthesise the dot-product unit at all bits for the table of LUTs, 1 to 2 hours; may be stopped.
 	$(BIN)/python scripts/make_lut_table.py $(ARGS)
+
+# Drawings of emoji; npm unpacks them beside the environment's packages.
+EMOJI = emoji-datasource-google@16.0.0 emoji-datasource-twitter@16.0.0
+.venv-pretrained/emoji: .venv-pretrained/installed
+	npm install --silent --no-package-lock --ignore-scripts --prefix .venv-pretrained $(EMOJI)
+	touch $@
+
+transfer: .venv-pretrained/emoji  ## Train the same weights on a small colour data set, search and fine-tune, about 30 minutes.
+	OMP_NUM_THREADS=1 .venv-pretrained/bin/python scripts/study_transfer.py --out docs/results/transfer.json

@@ -41,6 +41,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--epochs", type=float, default=4, help="of the fine-tune")
     parser.add_argument("--lr", type=float, default=3e-3, help="of the fine-tune, at its peak")
     parser.add_argument("--weight_scale", choices=["layer", "channel"], default="layer")
+    parser.add_argument("--batch_size", type=int, help="of all training but the search; default: that of run_sdq.py")
     parser.add_argument("--search_batch_size", type=int, default=64)
     parser.add_argument("--max_search_batches", type=int, default=20_000)
     parser.add_argument("--max_train_samples", type=int)
@@ -49,6 +50,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shard", default="0/1", metavar="I/N", help="which of N processes this is")
     parser.add_argument("--out", type=Path, required=True, help="JSON file of the results")
     parser.add_argument("--table", action="store_true", help="only print the table of what is there")
+    # Options of run_sdq.py for the float networks alone, by name.
+    parser.set_defaults(float_options={})
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -97,7 +100,7 @@ def work(
 
 def open_run(options: argparse.Namespace, seed: int, change: Callable[[nn.Module, int], None] | None = None) -> Run:
     """The run whose float network, data and searches the cells of one seed share; its network is trained when missing."""
-    # Each process has a folder of its own, and one for each kind of activations, on which searches depend.
+    # Each process has a folder of its own, and one for each kind of quantizers, on which searches depend.
     own = {
         "checkpoint": train_float(options, seed, options.teacher_epochs),
         "activation_bits": options.activation_bits,
@@ -106,7 +109,8 @@ def open_run(options: argparse.Namespace, seed: int, change: Callable[[nn.Module
         "max_search_batches": options.max_search_batches,
         "lr": options.lr,
     }
-    part = f"{options.out.stem}-a{options.activation_bits}-{options.shard.replace('/', 'of')}"
+    kind = f"a{options.activation_bits}" + "-channel" * (options.weight_scale == "channel")
+    part = f"{options.out.stem}-{kind}-{options.shard.replace('/', 'of')}"
     run = Run(_arguments(options, seed, options.runs / f"{options.model}-{seed}-{part}", own), Interrupt())
     if change is not None and not (run.folder / "teacher").exists():
         change(run.network, seed)
@@ -122,7 +126,9 @@ def train_float(options: argparse.Namespace, seed: int, epochs: int) -> Path:
     while not options.shard.startswith("0/") and not network.exists():
         time.sleep(5)
     if not network.exists():
-        trained = Run(_arguments(options, seed, folder, {"teacher_epochs": epochs}), Interrupt())
+        trained = Run(
+            _arguments(options, seed, folder, {"teacher_epochs": epochs, **options.float_options}), Interrupt()
+        )
         trained.teacher()
         trained.close()
     return network
@@ -133,6 +139,7 @@ def _arguments(options: argparse.Namespace, seed: int, folder: Path, more: Mappi
         "dataset": options.dataset,
         "model": options.model,
         "img_size": options.img_size,
+        "batch_size": options.batch_size,
         "max_train_samples": options.max_train_samples,
         "mixed_precision": options.mixed_precision,
         "seed": seed,

@@ -11,6 +11,8 @@ What a search that trains (SDQ, fracbits, edmips) has looked at is taken off its
 leaves 3.75 epochs of 4. The measured rivals get all epochs, whatever their passes cost. The epoch that is kept is chosen on
 the validation split, held out of train; the test split is read once for each cell, and nothing is chosen by it.
 
+"two_sided_activations" is SDQ that finds the bits of inputs too, where the others leave them at --activation_bits.
+
 The methods "float" and "float_kd" are no searches: the float network itself, trained for as many epochs more as the others
 are fine-tuned, from labels or from its former self.
 """
@@ -37,12 +39,14 @@ from sdq_hf.training.stages import Run
 FIELDS = ("seed", "method", "cost", "target", "activation_bits")
 # Float networks that are trained on as long as the others, without and with distillation from where they were.
 FLOAT = ("float", "float_kd")
+# SDQ that finds the bits of inputs too.
+ACTIVATIONS = "two_sided_activations"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_options(parser)
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=[*METHODS, *FLOAT])
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=[*METHODS, ACTIVATIONS, *FLOAT])
     parser.add_argument("--target_bits", type=float, nargs="*", default=[2.0])
     parser.add_argument("--target_bitops", type=float, nargs="*", default=[2.0, 3.0])
     parser.add_argument("--target_lut", type=float, nargs="*", default=[], help="LUT costs of so many uniform bits")
@@ -60,9 +64,12 @@ def cells(options: argparse.Namespace) -> Iterator[Cell]:
             if method in options.methods:
                 yield dict(zip(FIELDS, (seed, method, "float", float(FLOAT_BITS), FLOAT_BITS), strict=True))
         for cost, target in budgets:
-            for method in [method for method in options.methods if method in METHODS]:
+            for method in [method for method in options.methods if method not in FLOAT]:
                 if method == "uniform" and (target % 1 or (cost != "bits" and ("bits", target) in budgets)):
                     # Whole numbers only, and the same strategy in all costs.
+                    continue
+                if method == ACTIVATIONS and cost == "bits":
+                    # Average bits are those of weights: inputs cost nothing there.
                     continue
                 yield dict(zip(FIELDS, (seed, method, cost, target, options.activation_bits), strict=True))
 
@@ -74,12 +81,14 @@ def measure(options: argparse.Namespace, run: Run, cell: Mapping[str, Any]) -> C
         return trained_on(options, run, method)
     budget = target if cost == "bits" else get_cost(cost).of_uniform(run.base.strategy, target)
     name = f"{method}-{cost}-{target:g}"
+    search = "two_sided" if method == ACTIVATIONS else method
+    run.arguments.search.search_activations = method == ACTIVATIONS
     try:
-        (strategy,), seconds, log = run.search_one(name, [budget], cost, method)
+        (strategy,), seconds, log = run.search_one(name, [budget], cost, search)
     except BudgetError as error:
         return {"error": str(error)}
     # What a search that trains has looked at is taken off its fine-tune.
-    searched = log.backward_images / len(run.data.splits["train"]) if method in TRAINED else 0.0
+    searched = log.backward_images / len(run.data.splits["train"]) if search in TRAINED else 0.0
     epochs = round(options.epochs - searched, 2)
     if epochs <= 0:
         return {"error": f"the search took {searched:.1f} epochs, and {options.epochs} were to be had"}
@@ -87,6 +96,7 @@ def measure(options: argparse.Namespace, run: Run, cell: Mapping[str, Any]) -> C
     return {
         **tuned(run, name, strategy, about, epochs),
         "found": as_found(run, strategy),
+        "input_bits": [strategy[layer].activation_bits for layer in run.base.strategy.searchable],
         "search_batches": log.batches,
         "search_forward_images": log.forward_images,
         "search_backward_images": log.backward_images,

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from sdq_hf import SDQForImageClassification
 
@@ -24,6 +26,7 @@ import study_planted  # noqa: E402
 import study_search  # noqa: E402
 import study_signal  # noqa: E402
 import study_stability  # noqa: E402
+import study_transfer  # noqa: E402
 
 TINY = "--model resnet8_cifar --img_size 12 --max_train_samples 120 --teacher_epochs 1 --epochs 1 --seeds 0"
 
@@ -65,6 +68,20 @@ def test_a_search_study_goes_on_where_it_stopped_and_takes_the_search_off_the_fi
     assert both[0] == cell
     assert [c["method"] for c in both] == ["two_sided", "greedy"]
     assert printed.count("| 5 average bits, A4 |") == 2
+
+
+def test_a_search_study_may_find_the_bits_of_inputs_too(study, tmp_path):
+    options = "--epochs 4 --target_bits 5 --target_bitops 5 --search_batch_size 4 --methods two_sided_activations"
+    # In average bits of weights, inputs have nothing to save: one cell for two budgets.
+    printed, (cell,) = study(study_search, options, tmp_path / "activations.json")
+    assert cell["cost"] == "bitops"
+    assert len(set(cell["input_bits"])) > 1
+    network = SDQForImageClassification.from_timm(
+        "resnet8_cifar", img_size=12, num_labels=10, model_args={"in_chans": 1}
+    )
+    assert 0.95 < cell["bitops"] / network.strategy.with_bits(5).bitops() <= 1
+    assert 0 < cell["finetune_epochs"] < 4
+    assert "| 5 bits' BitOPs, A4 | two_sided_activations |" in printed
 
 
 def test_float_rows_of_a_search_study_are_the_float_network_trained_on(study, tmp_path):
@@ -216,3 +233,70 @@ def test_agreement_beyond_cost_is_none_where_cost_explains_all():
     plain, partial = study_stability.agreement([same, same, same], costs)
     assert (plain, partial) == (pytest.approx(1), pytest.approx(1))
     assert np.isfinite(study_stability.agreement([falling, noisy[0]], costs)[0])
+
+
+@pytest.fixture
+def emoji(tmp_path):
+    """Two packages with red and green pictures of 8 pixels, and files that are not wanted."""
+    files = [(f"1f{number:03x}.png", ("Food & Drink", "Flags")[number % 2]) for number in range(60)]
+    entries = [{"image": file, "unified": file[:-4].upper(), "category": group} for file, group in files]
+    entries += [{"image": "1f3fb.png", "unified": "1F3FB", "category": "Component"}]
+    entries += [{"image": "1f3c3-200d.png", "unified": "1F3C3-200D-2640", "category": "Flags"}]
+    entries = [{**entry, "has_img_google": True, "has_img_twitter": True} for entry in entries]
+    entries += [{**entries[0], "image": "1ffff.png", "has_img_twitter": False}]
+    for drawing in ("google", "twitter"):
+        folder = tmp_path / "packages" / f"emoji-datasource-{drawing}"
+        (folder / "img" / drawing / "64").mkdir(parents=True)
+        (folder / "emoji.json").write_text(json.dumps(entries))
+        for file, group in files:
+            color = (200, 0, 0, 255) if group == "Flags" else (0, 200, 0, 255)
+            Image.new("RGBA", (8, 8), color).save(folder / "img" / drawing / "64" / file)
+    return tmp_path / "packages"
+
+
+def test_no_emoji_is_in_two_splits_and_each_class_has_its_share_in_all(emoji, tmp_path):
+    study_transfer.write_images(emoji, tmp_path / "images")
+    names: dict[str, set[str]] = {}
+    for split, count in (("train", 18), ("validation", 4), ("test", 8)):
+        for group in ("food", "flags"):
+            found = sorted(path.name for path in (tmp_path / "images" / split / group).iterdir())
+            assert len(found) == 2 * count
+            google, twitter = (
+                {name.removeprefix(f"{drawing}-") for name in found if name.startswith(drawing)}
+                for drawing in ("google", "twitter")
+            )
+            assert google == twitter
+            names.setdefault(split, set()).update(google)
+    assert len(set.union(*names.values())) == sum(map(len, names.values())) == 60
+    assert {path.name for path in (tmp_path / "images").iterdir()} == set(names)
+
+
+def test_transparent_places_of_an_emoji_are_white():
+    emoji = Image.new("RGBA", (2, 1), (10, 20, 30, 255))
+    emoji.putpixel((1, 0), (10, 20, 30, 0))
+    pixels = np.asarray(study_transfer.on_white(emoji))
+    margin = study_transfer.MARGIN
+    assert pixels.shape == (1 + 2 * margin, 2 + 2 * margin, 3)
+    assert pixels[margin, margin].tolist() == [10, 20, 30]
+    pixels = pixels.reshape(-1, 3)
+    assert (pixels == 255).all(1).sum() == len(pixels) - 1
+
+
+def test_a_transfer_study_starts_from_the_weights_of_its_file(study, runs, emoji, tmp_path):
+    torch.manual_seed(5)
+    network = timm.create_model("resnet8_cifar", num_classes=10)
+    save_file(network.state_dict(), tmp_path / "resnet8_cifar.safetensors")
+    options = f"--emoji {emoji} --runs {tmp_path} --batch_size 8 --search_batch_size 8 --float_lr 1e-9 --rows 1 3"
+    printed, cells = study(study_transfer, options, tmp_path / "transfer.json")
+    trained = load_file(tmp_path / "resnet8_cifar-0-1epochs" / "teacher" / "model.safetensors")
+    torch.testing.assert_close(trained["layer2.0.conv1.weight"], network.layer2[0].conv1.weight, atol=1e-4, rtol=0)
+    assert [cell["method"] for cell in cells] == ["float", "uniform", "two_sided"]
+    assert cells[0]["kl"] == 0
+    assert set(cells[1]["bits"]) == {4}
+    assert cells[2]["bitops"] < cells[1]["bitops"] < cells[0]["bitops"]
+    assert [cell["finetune_epochs"] for cell in cells[1:]] == [1, 1]
+    # One descent for all budgets of the method: that of 2 bits is passed on the way.
+    log = json.loads(next(tmp_path.glob("*-a8-*/search/two_sided-bitops.json")).read_text())
+    assert len(log["strategies"]) == 2
+    assert cells[2]["search_images"] == log["backward_images"] > 0
+    assert "| two_sided at 3 bits' BitOPs | 8 | layer | 1 |" in printed
