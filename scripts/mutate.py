@@ -45,7 +45,7 @@ MODULES: dict[str, list[str]] = {
         "-k",
         "not test_granularity or all_bits",
     ],
-    "costs": ["tests/test_costs.py", "tests/test_properties.py"],
+    "costs": ["tests/test_costs.py", "tests/search/test_descent.py", "tests/test_properties.py"],
     "strategy": ["tests/test_strategy.py", "tests/test_costs.py", "tests/test_properties.py"],
     "quantizers/grids": ["tests/quantizers/test_weight.py", "tests/test_properties.py"],
     "quantizers/weight": ["tests/quantizers/test_weight.py", "tests/test_properties.py"],
@@ -236,6 +236,17 @@ def import_libraries() -> None:
             # Some are there under a name that cannot be imported.
             with suppress(ImportError):
                 importlib.import_module(name)
+
+
+def table(modules: dict[str, Any]) -> str:
+    """Markdown: a row for each module."""
+    lines = ["| module | changes tried | compute the same | unnoticed |", "|---|---|---|---|"]
+    for module in (name for name in MODULES if name in modules):
+        row = modules[module]
+        lines.append(
+            f"| {module} | {row['tried']} of {row['mutants']} | {len(row['equivalent'])} | {len(row['survived'])} |"
+        )
+    return "\n".join(lines)
 
 
 def main() -> None:

@@ -48,6 +48,14 @@ def test_names_stay_when_other_lines_change_and_differ_within_a_line():
     assert [name for name, _ in mutate.mutants("b = None\n\n" + source)] == names
 
 
+def test_the_table_counts_what_was_tried_and_what_was_left():
+    row = {"mutants": 9, "tried": 4, "equivalent": {"a": "why"}, "survived": ["b", "c"]}
+    assert mutate.table({"search/descent": row, "packing": {**row, "survived": []}}).splitlines()[2:] == [
+        "| packing | 4 of 9 | 1 | 0 |",
+        "| search/descent | 4 of 9 | 1 | 2 |",
+    ]
+
+
 @pytest.mark.parametrize("module", mutate.MODULES)
 def test_modules_and_their_tests_are_there(module):
     root = SCRIPT.parents[1]
