@@ -66,6 +66,10 @@ MODULES: dict[str, list[str]] = {
 _UNIFORM = "in `return torch.rand(count, generator=generator, dtype=torch.float64).clamp_(1e-12, 1 - 1e-12)`"
 EQUIVALENT: dict[tuple[str, str], str] = {
     (
+        "quantizers/activation",
+        "0 -> 1 in `generator = torch.Generator().manual_seed(0)`",
+    ): "other samples of the same kind",
+    (
         "search/updates",
         "u < 1 - end -> u <= 1 - end in `return 1.0 if u < end else 0.5 if u < 1 - end else 0.0`",
     ): "a draw right at the border, which has probability 0",

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import bench_searches  # noqa: E402
 import compare_runs  # noqa: E402
 import make_lut_table  # noqa: E402
+import mutate  # noqa: E402
 import study_ablations  # noqa: E402
 import study_bins  # noqa: E402
 import study_landscape  # noqa: E402
@@ -48,6 +49,7 @@ TABLES: dict[str, Callable[[list[Any]], str]] = {
     "landscape": lambda files: study_landscape.table(files[0]["cells"]),
     "stability": lambda files: study_stability.table(files[0]["cells"]),
     "signal": lambda files: study_signal.table(files[0]["cells"]),
+    "mutants": lambda files: mutate.table(files[0]["modules"]),
     "networks": lambda files: sweep_timm.table(files[0]),
     "pretrained": lambda files: study_pretrained.table(files[0]["cells"]),
     "luts": lambda files: make_lut_table.markdown(files[0]),
