@@ -206,8 +206,8 @@ def _export(options: argparse.Namespace) -> int:
     datasets.disable_progress_bars()
     data = load_image_data(options.dataset, data_dir=options.data_dir, max_eval_samples=options.images)
     loaders = build_loaders(data, model.config.pretrained_cfg or {}, aug="none")
-    images = torch.cat([batch["pixel_values"] for batch in loaders["test"]])[: options.images]
-    report = export_model(model, options.output, options.to, images, options.verify, say=print)
+    images, labels = (torch.cat([batch[key] for batch in loaders["test"]]) for key in ("pixel_values", "labels"))
+    report = export_model(model, options.output, options.to, images, labels, options.verify, say=print)
     print(f"Exported {', '.join(options.to)} to {options.output}" + ("" if report["verified"] else ", not verified"))
     return 0
 

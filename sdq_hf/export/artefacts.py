@@ -123,6 +123,7 @@ def export_model(
     folder: str | Path,
     targets: Sequence[str],
     images: Tensor,
+    labels: Tensor | None = None,
     verify: bool = True,
     say: Callable[[str], Any] = lambda text: None,
 ) -> Mapping[str, Any]:
@@ -130,7 +131,7 @@ def export_model(
 
     Args:
         targets: names of `TARGETS`.
-        images: real ones, as the model takes them (float32 [B, C, H, W]).
+        images: real ones, as the model takes them (float32 [B, C, H, W]). labels: theirs (int64 [B]), for the accuracy.
         verify: run each export on the images and on ones made to break it. Without it verification.json says so.
         say: called with a line about each step.
 
@@ -148,7 +149,7 @@ def export_model(
     with writing(beside):
         beside.mkdir(parents=True)
         try:
-            return _export(model, network, beside, folder, targets, images, verify, say)
+            return _export(model, network, beside, folder, targets, images, labels, verify, say)
         except BaseException:
             remove(beside)
             raise
@@ -161,6 +162,7 @@ def _export(
     folder: Path,
     targets: Sequence[str],
     images: Tensor,
+    labels: Tensor | None,
     verify: bool,
     say: Callable[[str], Any],
 ) -> Mapping[str, Any]:
@@ -171,7 +173,7 @@ def _export(
         written[target] = TARGETS[target](network, beside, images)
     report: dict[str, Any] = {"verified": False, "versions": versions()}
     if verify:
-        report = _verification(model, network, written, images, say)
+        report = _verification(model, network, written, images, labels, say)
     if report.get("failed"):
         failed = folder.with_name(folder.name + ".failed")
         write_json(failed / "verification.json", report)
@@ -193,11 +195,12 @@ def _verification(
     network: IntegerNetwork,
     written: Mapping[str, Written],
     images: Tensor,
+    labels: Tensor | None,
     say: Callable[[str], Any],
 ) -> dict[str, Any]:
     say(f"integers: {len(images)} images")
     found: list[Comparison] = []
-    sets = cases(network, images)
+    sets = cases(network, images, labels)
     # Where the integers may be longer than what float32 holds, the model as it is used is not claimed to be equal.
     own = {
         "model in float64": Written(simulation(model, torch.float64)),
@@ -211,7 +214,8 @@ def _verification(
             verdict = (
                 "equal" if result.equal else f"same top-1 {result.same_top1:.2f} %, off by {result.max_difference:.3g}"
             )
-            say(f"{name}: {result.count} {case.name} images, {verdict}")
+            accuracy = "" if result.accuracy is None else f", accuracy {result.accuracy:.2f} %"
+            say(f"{name}: {result.count} {case.name} images, {verdict}{accuracy}")
     _, layer = with_one_weight_changed(network, images)
     return {
         "verified": True,

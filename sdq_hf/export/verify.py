@@ -23,6 +23,7 @@ Runner = Callable[[Tensor], np.ndarray]
 class Comparison:
     """One way to compute the logits beside the integer reference, on one set of images.
 
+    accuracy: top-1 in percent, where the labels are known.
     exact: whether equality is claimed, and so asked for; of others same_top1 says how often the first guess is the same, in
     percent. differ_from_control: of the first 64 images those whose logits are not those of the network with one weight
     changed; none that differ would mean that nothing was compared.
@@ -34,6 +35,7 @@ class Comparison:
     equal: bool
     max_difference: float
     same_top1: float
+    accuracy: float | None
     differ_from_control: int
     exact: bool
 
@@ -53,17 +55,20 @@ class Case:
     images: Tensor
     reference: Tensor
     control: Tensor
+    labels: Tensor | None = None
 
     def first(self, count: int) -> "Case":
-        return Case(self.name, self.images[:count], self.reference[:count], self.control[:count])
+        labels = None if self.labels is None else self.labels[:count]
+        return Case(self.name, self.images[:count], self.reference[:count], self.control[:count], labels)
 
 
-def cases(network: IntegerNetwork, images: Tensor) -> list[Case]:
-    """The real images, and those made to break an export."""
+def cases(network: IntegerNetwork, images: Tensor, labels: Tensor | None = None) -> list[Case]:
+    """The real images, with their labels (int64 [B]), and those made to break an export."""
     changed, _ = with_one_weight_changed(network, images)
     sets = {REAL: images, MADE: made_images(network)}
     return [
-        Case(name, batch, network.logits(batch), changed.logits(batch[:CONTROLLED])) for name, batch in sets.items()
+        Case(name, batch, network.logits(batch), changed.logits(batch[:CONTROLLED]), labels if name == REAL else None)
+        for name, batch in sets.items()
     ]
 
 
@@ -76,10 +81,16 @@ def compare(what: str, run: Runner, case: Case, exact: bool = True) -> Compariso
         count=len(case.images),
         equal=bool((got == case.reference).all()),
         max_difference=float((got - case.reference).abs().max()),
-        same_top1=100 * float((got.argmax(1) == case.reference.argmax(1)).double().mean()),
+        same_top1=_share(got.argmax(1) == case.reference.argmax(1)),
+        accuracy=None if case.labels is None else _share(got.argmax(1) == case.labels),
         differ_from_control=int((got[: len(case.control)] != case.control[: len(got)]).any(dim=1).sum()),
         exact=exact,
     )
+
+
+def _share(which: Tensor) -> float:
+    """Of the images, in percent."""
+    return 100 * float(which.double().mean())
 
 
 def made_images(network: IntegerNetwork, seed: int = 0) -> Tensor:
