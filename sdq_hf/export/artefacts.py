@@ -2,6 +2,7 @@
 
 integers.safetensors   integers of weights and biases
 manifest.json          everything that is done with them, sha256 of the files, versions
+costs.json             bytes, BitOPs, LUTs and accumulators of each layer
 verification.json      each export beside the integer reference
 model.qonnx.onnx, verilog/, ...  the exports asked for
 """
@@ -25,6 +26,7 @@ from .graph import BATCH, IntegerNetwork, Layer, Quantize
 from .lower import ExportError, integer_network
 from .manifest import integers, manifest, versions
 from .optional import needed
+from .report import cost_report, report_text
 from .verify import REAL, Comparison, Runner, cases, compare, simulation, with_one_weight_changed
 
 
@@ -167,6 +169,9 @@ def _export(
     say: Callable[[str], Any],
 ) -> Mapping[str, Any]:
     save_tensors(integers(network), beside / "integers.safetensors")
+    costs = cost_report(model.strategy, {name: layer.sum_width for name, layer in network.layers.items()})
+    write_json(beside / "costs.json", costs)
+    say(report_text(costs))
     written = {}
     for target in targets:
         say(f"{target}: writing")

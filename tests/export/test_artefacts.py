@@ -10,13 +10,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from sdq_hf import SDQForImageClassification
+from sdq_hf.backbones import create_backbone
 from sdq_hf.cli import EXPORT_TARGETS, main
 from sdq_hf.export import artefacts
 from sdq_hf.export.artefacts import VerificationError, Written, export_model
 from sdq_hf.export.graph import Layer
 from sdq_hf.export.lower import ExportError, integer_network
 from sdq_hf.export.verify import made_images
+from sdq_hf.search import search
 
+from ..test_hardware_profile import trained_looks
 from .test_lower import profile_of
 
 
@@ -58,6 +62,27 @@ def test_the_classifier_in_verilog_computes_the_logits(tmp_path: Path, bits: int
     assert found[0]["differ_from_control"] > 0
     names = {path.name for path in (tmp_path / "out" / "verilog").iterdir()}
     assert names == {"head.v", "dense.v", "dot.v", "weights.hex", "biases.hex", "dense.json", "outputs.json"}
+
+
+def test_bits_of_2_4_and_8_go_from_the_search_to_an_export(tmp_path: Path):
+    """As arrays like Bit Fusion's compute with."""
+    pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    network = trained_looks(create_backbone("resnet8_cifar", num_classes=5))
+    model = SDQForImageClassification.from_float(
+        network, "resnet8_cifar", img_size=12, scales="power_of_two", candidates=[2, 4, 8], activation_bits=8
+    )
+    batches = [{"pixel_values": torch.randn(8, 3, 12, 12)} for _ in range(4)]
+    model.calibrate(batches)
+    (strategy,) = search(model, batches, budgets=[4.0], max_batches=2000)
+    assert {layer.weight_bits for layer in strategy.values()} == {2, 4, 8}
+    model.set_strategy(strategy)
+    report = export_model(model, tmp_path / "out", ["onnx"], batches[0]["pixel_values"])
+    assert all(comparison["equal"] for comparison in report["comparisons"])
+    costs = json.loads((tmp_path / "out" / "costs.json").read_text())
+    widths = {name: layer.sum_width for name, layer in integer_network(model).layers.items()}
+    assert {layer["layer"]: layer["accumulator_bits"] for layer in costs["layers"]} == widths
+    assert costs["total"]["weight_bytes"] == strategy.weight_bytes()
 
 
 def wrong(network, folder: Path, images: torch.Tensor) -> Written:
