@@ -43,12 +43,12 @@ def logits_of(path: Path, images: torch.Tensor, level=LEVELS.ORT_ENABLE_BASIC) -
     return torch.from_numpy(logits).double()
 
 
-def small(*nodes: Node) -> IntegerNetwork:
-    """8-bit images of 2 x 6 x 5, then `nodes`, flattened behind."""
+def small(*nodes: Node, image: tuple[int, int, int] = (2, 6, 5)) -> IntegerNetwork:
+    """8-bit images, then `nodes`, flattened behind."""
     first = Quantize(
         name="image8",
         inputs=(IMAGE,),
-        shape=(2, 6, 5),
+        shape=image,
         exponent=-5,
         low=-128,
         high=127,
@@ -59,7 +59,7 @@ def small(*nodes: Node) -> IntegerNetwork:
     last = nodes[-1]
     shape = (math.prod(last.shape),)
     flat = Flatten(name="flat", inputs=(last.name,), shape=shape, exponent=last.exponent, low=last.low, high=last.high)
-    return IntegerNetwork((first, *nodes, flat), "small", (2, 6, 5))
+    return IntegerNetwork((first, *nodes, flat), "small", image)
 
 
 def conv(name: str = "conv", shape: tuple[int, ...] = (3, 6, 5), **options) -> Layer:
