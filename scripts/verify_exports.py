@@ -54,7 +54,8 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     data = load_image_data(options.dataset, max_eval_samples=options.images)
     loaders = build_loaders(data, model.config.pretrained_cfg or {}, aug="none")
     images, labels = (torch.cat([batch[key] for batch in loaders["test"]]) for key in ("pixel_values", "labels"))
-    report = export_model(model, options.folder / folder.name, options.to, images, labels, say=print)
+    calibration = next(iter(loaders["calibration"]))["pixel_values"]
+    report = export_model(model, options.folder / folder.name, options.to, images, labels, calibration, say=print)
     network, profile = integer_network(model), folder / "hardware.json"
     return {
         "model": folder.name,

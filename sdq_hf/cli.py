@@ -25,7 +25,7 @@ from .strategy import FLOAT_BITS, LayerBits, Strategy, bits_text
 from .writing import write_json
 
 # Of sdq_hf.export.artefacts, which is imported when it is used.
-EXPORT_TARGETS = ("qonnx", "onnx", "verilog")
+EXPORT_TARGETS = ("qonnx", "onnx", "onnx-int8", "verilog")
 _MODEL_HELP = "Folder of a saved model, or Hub id; a revision may follow after @, as in org/resnet18-sdq@w2.5."
 
 
@@ -207,7 +207,8 @@ def _export(options: argparse.Namespace) -> int:
     data = load_image_data(options.dataset, data_dir=options.data_dir, max_eval_samples=options.images)
     loaders = build_loaders(data, model.config.pretrained_cfg or {}, aug="none")
     images, labels = (torch.cat([batch[key] for batch in loaders["test"]]) for key in ("pixel_values", "labels"))
-    report = export_model(model, options.output, options.to, images, labels, options.verify, say=print)
+    calibration = next(iter(loaders["calibration"]))["pixel_values"]
+    report = export_model(model, options.output, options.to, images, labels, calibration, options.verify, say=print)
     print(f"Exported {', '.join(options.to)} to {options.output}" + ("" if report["verified"] else ", not verified"))
     return 0
 

@@ -43,7 +43,7 @@ class Written:
     most_images: int | None = None
 
 
-def _qonnx(network: IntegerNetwork, folder: Path, images: Tensor) -> Written:
+def _qonnx(network: IntegerNetwork, folder: Path, calibration: Tensor) -> Written:
     from .qonnx import export_qonnx, run_qonnx
 
     path = folder / "model.qonnx.onnx"
@@ -51,7 +51,7 @@ def _qonnx(network: IntegerNetwork, folder: Path, images: Tensor) -> Written:
     return Written(lambda batch: run_qonnx(path, batch), most_images=256)
 
 
-def _onnx(network: IntegerNetwork, folder: Path, images: Tensor) -> Written:
+def _onnx(network: IntegerNetwork, folder: Path, calibration: Tensor) -> Written:
     needed("onnx", "onnx")
     needed("onnxruntime", "onnx")
     from .onnx_qdq import export_onnx
@@ -62,20 +62,33 @@ def _onnx(network: IntegerNetwork, folder: Path, images: Tensor) -> Written:
     return Written(lambda batch: run_onnx(path, batch), exact=not network.inexact_in_float32())
 
 
-def run_onnx(path: Path, images: Tensor) -> np.ndarray:
+def _onnx_int8(network: IntegerNetwork, folder: Path, calibration: Tensor) -> Written:
+    needed("onnx", "onnx")
+    needed("onnxruntime", "onnx")
+    from .onnx_int8 import export_onnx_int8
+
+    path = folder / "model.int8.onnx"
+    export_onnx_int8(network, path, [calibration])
+    # Every tensor has 8 bits there, and the kernels that are worth it are fused.
+    return Written(lambda batch: run_onnx(path, batch, fused=True), exact=False)
+
+
+def run_onnx(path: Path, images: Tensor, fused: bool = False) -> np.ndarray:
     """Logits (float32 [B, num_labels]) of images (float32 [B, C, H, W]) by ONNX Runtime on a CPU.
 
-    With its basic optimisations, which keep every operation: the others put numbers together that were rounded apart.
+    fused: with all of its optimisations. Without, with the basic ones, which keep every operation: the others put numbers
+    together that were rounded apart.
     """
     ort = needed("onnxruntime", "onnx")
     options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    levels = ort.GraphOptimizationLevel
+    options.graph_optimization_level = levels.ORT_ENABLE_ALL if fused else levels.ORT_ENABLE_BASIC
     session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     source = session.get_inputs()[0].name
     return np.concatenate([session.run(None, {source: part.numpy()})[0] for part in images.split(BATCH)])
 
 
-def _verilog(network: IntegerNetwork, folder: Path, images: Tensor) -> Written:
+def _verilog(network: IntegerNetwork, folder: Path, calibration: Tensor) -> Written:
     """The classifier as a Verilog module; what stands before it is computed by the integers when it is simulated."""
     from .verilog import find_simulator, simulate_dense, write_dense
 
@@ -103,10 +116,11 @@ def _verilog(network: IntegerNetwork, folder: Path, images: Tensor) -> Written:
     return Written(run)
 
 
-# What can be exported: (network, folder, real images) -> what was written.
+# What can be exported: (network, folder, images to calibrate with) -> what was written.
 TARGETS: dict[str, Callable[[IntegerNetwork, Path, Tensor], Written]] = {
     "qonnx": _qonnx,
     "onnx": _onnx,
+    "onnx-int8": _onnx_int8,
     "verilog": _verilog,
 }
 
@@ -126,6 +140,7 @@ def export_model(
     targets: Sequence[str],
     images: Tensor,
     labels: Tensor | None = None,
+    calibration: Tensor | None = None,
     verify: bool = True,
     say: Callable[[str], Any] = lambda text: None,
 ) -> Mapping[str, Any]:
@@ -134,6 +149,7 @@ def export_model(
     Args:
         targets: names of `TARGETS`.
         images: real ones, as the model takes them (float32 [B, C, H, W]). labels: theirs (int64 [B]), for the accuracy.
+        calibration: images that exports which round more than the model fit their ranges to; default: the first `images`.
         verify: run each export on the images and on ones made to break it. Without it verification.json says so.
         say: called with a line about each step.
 
@@ -151,7 +167,7 @@ def export_model(
     with writing(beside):
         beside.mkdir(parents=True)
         try:
-            return _export(model, network, beside, folder, targets, images, labels, verify, say)
+            return _export(model, network, beside, folder, targets, images, labels, calibration, verify, say)
         except BaseException:
             remove(beside)
             raise
@@ -165,6 +181,7 @@ def _export(
     targets: Sequence[str],
     images: Tensor,
     labels: Tensor | None,
+    calibration: Tensor | None,
     verify: bool,
     say: Callable[[str], Any],
 ) -> Mapping[str, Any]:
@@ -175,7 +192,7 @@ def _export(
     written = {}
     for target in targets:
         say(f"{target}: writing")
-        written[target] = TARGETS[target](network, beside, images)
+        written[target] = TARGETS[target](network, beside, images[:BATCH] if calibration is None else calibration)
     report: dict[str, Any] = {"verified": False, "versions": versions()}
     if verify:
         report = _verification(model, network, written, images, labels, say)
