@@ -54,6 +54,7 @@ TABLES: dict[str, Callable[[list[Any]], str]] = {
     "networks": lambda files: sweep_timm.table(files[0]),
     "pretrained": lambda files: study_pretrained.table(files[0]["cells"]),
     "exports": lambda files: verify_exports.table(files[0]["cells"]),
+    "profiles": lambda files: verify_exports.profiles(files[0]["cells"]),
     "luts": lambda files: make_lut_table.markdown(files[0]),
     "transfer": lambda files: study_transfer.table(files[0]["cells"]),
     "search": lambda files: study_search.table([cell for content in files for cell in content["cells"]]),

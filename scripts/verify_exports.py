@@ -94,6 +94,26 @@ def table(cells: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def profiles(cells: list[dict[str, Any]]) -> str:
+    """Markdown: what the hardware profile does to the accuracy of each model, and the widths of its integers."""
+    lines = [
+        "| model | network | average bits | top-1 before, % | in the profile, % | trained there, % | accumulators, bits | "
+        "widest tensor, bits |",
+        "|" + "---|" * 8,
+    ]
+    for cell in cells:
+        rows = cell["profile"] or {}
+        tests = [
+            f"{rows[name]['test']['top1']:.2f}" if name in rows else "" for name in ("before", "profile", "trained")
+        ]
+        if not rows:
+            # Trained in the profile from the start.
+            tests[2] = f"{cell['comparisons'][0]['accuracy']:.2f}"
+        columns = [cell["model"], cell["architecture"], f"{cell['average_bits']:.2f}", *tests]
+        lines.append(f"| {' | '.join(columns)} | {cell['accumulator_bits']} | {cell['widest']} |")
+    return "\n".join(lines)
+
+
 def _equal(comparison: dict[str, Any]) -> str:
     if comparison["equal"]:
         return "all"
