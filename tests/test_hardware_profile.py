@@ -33,7 +33,7 @@ def trained_looks(network: nn.Module) -> nn.Module:
 
 def model_of(architecture: str = "resnet8_cifar", size: int = 16, **options) -> Case:
     torch.manual_seed(0)
-    network = trained_looks(create_backbone(architecture, num_classes=5))
+    network = trained_looks(create_backbone(architecture, num_classes=5, **options.get("model_args", {})))
     model = SDQForImageClassification.from_float(network, architecture, img_size=size, **options).eval()
     images = torch.randn(8, 3, size, size)
     model.calibrate([images])

@@ -4,7 +4,7 @@ integers.safetensors   integers of weights and biases
 manifest.json          everything that is done with them, sha256 of the files, versions
 costs.json             bytes, BitOPs, LUTs and accumulators of each layer
 verification.json      each export beside the integer reference
-model.qonnx.onnx, verilog/, ...  the exports asked for
+model.qonnx.onnx, hls4ml/, verilog/, ...  the exports asked for
 """
 
 import os
@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -116,11 +117,22 @@ def _verilog(network: IntegerNetwork, folder: Path, calibration: Tensor) -> Writ
     return Written(run)
 
 
+def _hls4ml(network: IntegerNetwork, folder: Path, calibration: Tensor) -> Written:
+    from .hls import Emulation, export_hls
+
+    project = folder / "hls4ml"
+    export_hls(network, project)
+    # Compiled when it is run: a project that is not verified needs no compiler.
+    emulation = cache(lambda: Emulation(project, network))
+    return Written(lambda batch: emulation()(batch), most_images=256)
+
+
 # What can be exported: (network, folder, images to calibrate with) -> what was written.
 TARGETS: dict[str, Callable[[IntegerNetwork, Path, Tensor], Written]] = {
     "qonnx": _qonnx,
     "onnx": _onnx,
     "onnx-int8": _onnx_int8,
+    "hls4ml": _hls4ml,
     "verilog": _verilog,
 }
 
@@ -204,7 +216,7 @@ def _export(
             f"{failed / 'verification.json'} has the numbers."
         )
     write_json(beside / "verification.json", report)
-    files = sorted(path for path in beside.rglob("*") if path.is_file())
+    files = {path.relative_to(beside).as_posix(): path for path in sorted(beside.rglob("*")) if path.is_file()}
     write_json(beside / "manifest.json", manifest(network, model.strategy, files))
     remove(folder)
     os.replace(beside, folder)

@@ -1,7 +1,7 @@
 """What stands beside the exported files: the network's integers, and a description of what is done with them."""
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,8 @@ from .graph import IMAGE, IntegerNetwork, Layer
 _TOOLS = ("sdq-hf", "torch", "onnx", "onnxruntime", "qonnx", "hls4ml")
 
 
-def manifest(network: IntegerNetwork, strategy: Strategy, files: Iterable[Path] = ()) -> dict[str, Any]:
-    """Everything that defines the integers of `network`, as plain values; `files` with their sha256.
+def manifest(network: IntegerNetwork, strategy: Strategy, files: Mapping[str, Path]) -> dict[str, Any]:
+    """Everything that defines the integers of `network`, as plain values; `files` by the names they go by, with their sha256.
 
     A value is `integer * 2^exponent`. Weights and biases are the tensors of `integers.safetensors`.
     """
@@ -52,7 +52,7 @@ def manifest(network: IntegerNetwork, strategy: Strategy, files: Iterable[Path] 
             for node in network.nodes
         ],
         "inexact_in_float32": network.inexact_in_float32(),
-        "files": {path.name: sha256(path.read_bytes()) for path in files},
+        "files": {name: sha256(path.read_bytes()) for name, path in files.items()},
         "versions": versions(),
     }
 

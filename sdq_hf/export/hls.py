@@ -1,0 +1,342 @@
+"""hls4ml projects: a network as C++ for FPGA synthesis, with fixed-point types that hold its integers exactly.
+
+The nodes are handed to hls4ml one for one, as streams of pixels with the channels last. Every type follows from the exponent
+and the range of a node: nothing is rounded or cut off but in `Quantize`, whose type rounds half to even and saturates.
+"""
+
+import ctypes
+import os
+import re
+import resource
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from ..writing import remove, writing
+from .graph import (
+    FLOAT64_EXACT,
+    IMAGE,
+    Add,
+    Clip,
+    Concat,
+    Flatten,
+    IntegerNetwork,
+    Layer,
+    MaxPool,
+    Node,
+    Quantize,
+    SumPool,
+    signed_bits,
+)
+from .lower import ExportError
+from .optional import needed
+
+# The name of the files and of the top function.
+PROJECT = "sdq"
+# hls4ml 1.3 has this for arrays, and not for streams; projects take it in their own copy of its header.
+_RELU6 = """
+template <class data_T, class res_T, typename CONFIG_T> void relu6(hls::stream<data_T> &data, hls::stream<res_T> &res) {
+ReLU6ActLoop:
+    for (int i = 0; i < CONFIG_T::n_in / res_T::size; i++) {
+        #pragma HLS PIPELINE
+
+        data_T in_data = data.read();
+        res_T out_data;
+        PRAGMA_DATA_PACK(out_data)
+
+    ReLU6PackLoop:
+        for (int j = 0; j < res_T::size; j++) {
+            #pragma HLS UNROLL
+            if (in_data[j] >= 6)
+                out_data[j] = 6;
+            else if (in_data[j] > 0)
+                out_data[j] = in_data[j];
+            else
+                out_data[j] = 0;
+        }
+
+        res.write(out_data);
+    }
+}
+
+"""
+
+
+def export_hls(network: IntegerNetwork, folder: str | Path, reuse_factor: int = 1) -> None:
+    """Write an hls4ml project of `network` into `folder` (backend Vitis, io_stream).
+
+    The top function takes a stream of the pixels of the image, as integers of the network's first rounding, and gives the
+    logits. reuse_factor: how many multiplications share a multiplier. At 1 hls4ml's strategy is "Latency", which unrolls
+    whole layers; above, it is "Resource".
+
+    Raises `ExportError` where hls4ml is not installed, and for what it has no exact form of, by name.
+    """
+    needed("hls4ml", "fpga")
+    from hls4ml.model.graph import ModelGraph
+    from hls4ml.utils.config import create_config
+
+    writer = _Writer(network)
+    folder = Path(folder)
+    beside = folder.with_name(folder.name + ".new")
+    remove(beside)
+    with writing(beside):
+        beside.mkdir(parents=True)
+        config = create_config(output_dir=str(beside), project_name=PROJECT, backend="Vitis", io_type="io_stream")
+        config["HLSConfig"] = {
+            "Model": {
+                # hls4ml asks for a default. Nothing has it: see `_Writer.check`.
+                "Precision": {"default": "fixed<2,1>"},
+                "ReuseFactor": reuse_factor,
+                "Strategy": "Latency" if reuse_factor == 1 else "Resource",
+            },
+            "LayerName": {name: {"Precision": types} for name, types in writer.types.items()},
+        }
+        graph = ModelGraph.from_layer_list(config, writer.layers, writer.inputs, [writer.layers[-1]["name"]])
+        writer.check(graph)
+        graph.write()
+        header = beside / "firmware" / "nnet_utils" / "nnet_activation_stream.h"
+        front, end, back = header.read_text().rpartition("} // namespace nnet")
+        header.write_text(front + _RELU6 + end + back)
+        # hls4ml notes where it wrote to.
+        notes = beside / "hls4ml_config.yml"
+        notes.write_text(notes.read_text().replace(str(beside), "."))
+        remove(folder)
+        os.replace(beside, folder)
+
+
+class Emulation:
+    """A project of `network`, compiled with g++ and the fixed-point types that hls4ml brings; kept as long as this object.
+
+    seconds, peak_bytes: what the compiler took; the memory is that of the largest process started so far.
+
+    Raises `ExportError` without a compiler, and where it fails or takes more than `timeout` seconds.
+    """
+
+    def __init__(self, project: str | Path, network: IntegerNetwork, timeout: float | None = None):
+        if shutil.which("g++") is None:
+            raise ExportError("The emulation of an hls4ml project needs g++, which is not installed.")
+        self._inputs, self._output = len(_first_roundings(network)), network.output
+        self._folder = tempfile.TemporaryDirectory(prefix="sdq-hls-")
+        copy = Path(self._folder.name) / "project"
+        shutil.copytree(project, copy)
+        start = time.perf_counter()
+        try:
+            done = subprocess.run(["bash", "build_lib.sh"], cwd=copy, capture_output=True, text=True, timeout=timeout)
+        except subprocess.TimeoutExpired:
+            raise ExportError(f"g++ was not done with the hls4ml project after {timeout:.0f} seconds.") from None
+        if done.returncode:
+            errors = [line for line in done.stderr.splitlines() if "error" in line] or [f"exit code {done.returncode}"]
+            raise ExportError(f"g++ cannot compile the hls4ml project: {errors[0]}")
+        self.seconds = time.perf_counter() - start
+        self.peak_bytes = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+        (library,) = (copy / "firmware").glob("*.so")
+        # float64 holds every integer that the types do: `_Writer` sees to it.
+        self._run = getattr(ctypes.CDLL(str(library)), f"{PROJECT}_double")
+        self._run.restype = None
+
+    def __call__(self, images: Tensor) -> np.ndarray:
+        """Images (float32 [B, C, H, W]) -> logits (float64 [B, num_labels])."""
+        logits = np.zeros((len(images), *self._output.shape))
+        pixels = np.ascontiguousarray(images.double().numpy().transpose(0, 2, 3, 1))
+        for image, row in zip(pixels, logits, strict=True):
+            pointers = [array.ctypes.data_as(ctypes.c_void_p) for array in (*[image] * self._inputs, row)]
+            self._run(*pointers)
+        return logits
+
+
+def fixed(low: int, high: int, exponent: int, signed: bool | None = None, rounds: bool = False) -> str:
+    """The type, in hls4ml's words, of integers from `low` to `high` times 2^exponent.
+
+    signed: whether there is a sign bit; by default where `low` is negative. rounds: values that are given to it are rounded
+    half to even and saturate; else it is only given what it holds.
+    """
+    signed = low < 0 if signed is None else signed
+    width = signed_bits(low, high) if signed else max(high.bit_length(), 1)
+    return f"{'' if signed else 'u'}fixed<{width},{width + exponent}{',RND_CONV,SAT' if rounds else ''}>"
+
+
+def _first_roundings(network: IntegerNetwork) -> list[Node]:
+    return [node for node in network.nodes if node.inputs == (IMAGE,)]
+
+
+class _Writer:
+    """Layers of hls4ml, and their types, of the nodes of a network.
+
+    layers: dictionaries as hls4ml's own readers of models make them. types: of each layer by its name, those of its "result",
+    "weight", "bias", "accum". inputs: names of the layers that take the image; their types are the first roundings.
+    """
+
+    def __init__(self, network: IntegerNetwork):
+        self._network = network
+        self.layers: list[dict[str, Any]] = []
+        self.types: dict[str, dict[str, str]] = {}
+        # Names become identifiers in C++.
+        self._names = {
+            node.name: f"n{i}_{re.sub('[^0-9A-Za-z]', '_', node.name)}" for i, node in enumerate(network.nodes)
+        }
+        self.inputs = [self._names[node.name] for node in _first_roundings(network)]
+        for node in network.nodes:
+            if max(-node.low, node.high) >= FLOAT64_EXACT:
+                raise ExportError(
+                    f"{node.name!r} takes {node.width} bits, more than the 53 in which an emulation can be checked."
+                )
+            getattr(self, f"_{node.op.lower()}")(node)
+
+    def check(self, graph: Any) -> None:
+        """`ExportError` unless hls4ml's `graph` has the types asked for, and no others."""
+        convert = graph.config.backend.convert_precision_string
+        for layer in graph.get_layers():
+            # Those that hls4ml adds, which copy and pad streams, take the type of their input.
+            for kind, asked in self.types.get(layer.name, {}).items():
+                if kind == "result":
+                    got = layer.get_output_variable().type.precision
+                elif kind in layer.weights:
+                    got = layer.get_weights(kind).type.precision
+                else:
+                    got = layer.get_attr(f"{kind}_t").precision
+                if got != convert(asked):
+                    raise ExportError(f"hls4ml gives {layer.name!r} a {kind} of type {got}, not {asked}.")
+
+    # Pieces ------------------------------------------------------------------------------------------------------
+
+    def _emit(self, node: Node, kind: str, types: dict[str, str] | None = None, **attributes: Any) -> None:
+        name = self._names[node.name]
+        inputs = {} if kind == "InputLayer" else {"inputs": [self._names[source] for source in node.inputs]}
+        self.layers.append({"name": name, "class_name": kind, **inputs, **attributes})
+        result = fixed(node.low, node.high, node.exponent, rounds=isinstance(node, Quantize))
+        self.types[name] = {"result": result, **(types or {})}
+
+    def _source(self, node: Node) -> Node:
+        return self._network[node.inputs[0]]
+
+    def _sizes(self, node: Node, stride: Sequence[int], padding: Sequence[int] = (0, 0, 0, 0)) -> dict[str, Any]:
+        channels, height, width = self._source(node).shape
+        return {
+            "data_format": "channels_last",
+            "in_height": height,
+            "in_width": width,
+            "out_height": node.shape[1],
+            "out_width": node.shape[2],
+            "n_chan": channels,
+            "n_filt": node.shape[0],
+            "stride_height": stride[0],
+            "stride_width": stride[1],
+            **dict(zip(("pad_left", "pad_right", "pad_top", "pad_bottom"), padding, strict=True)),
+        }
+
+    def _depthwise(
+        self,
+        node: Node,
+        weight: np.ndarray,
+        stride: tuple[int, int],
+        types: dict[str, str],
+        padding: Sequence[int] = (0, 0, 0, 0),
+        **bias: Any,
+    ) -> None:
+        """weight: [kh, kw, C, 1]."""
+        if weight.shape[0] == 1 and stride[0] > 1:
+            raise ExportError(f"{node.name!r} skips rows with windows of one row, which hls4ml's streams do not.")
+        kernel = {"filt_height": weight.shape[0], "filt_width": weight.shape[1], "depth_multiplier": 1}
+        sizes = self._sizes(node, stride, padding)
+        self._emit(node, "DepthwiseConv2D", types, depthwise_data=weight, **kernel, **sizes, **bias)
+
+    # Nodes -------------------------------------------------------------------------------------------------------
+
+    def _quantize(self, node: Quantize) -> None:
+        full = (-(2 ** (node.bits - 1)), 2 ** (node.bits - 1) - 1) if node.signed else (0, 2**node.bits - 1)
+        if (node.low, node.high) != full:
+            raise ExportError(f"{node.name!r} saturates at {node.low} and {node.high}; hls4ml's types do at {full}.")
+        if node.source_exponent is None:
+            channels, height, width = node.shape
+            self._emit(node, "InputLayer", input_shape=[height, width, channels])
+        else:
+            self._emit(node, "Activation", activation="linear")
+
+    def _layer(self, node: Layer) -> None:
+        # All channels stand on the finest grid among them: hls4ml has one type for all weights of a layer.
+        weight, unit = node.weight * (2**node.shifts).view(-1, *[1] * (node.weight.dim() - 1)), min(node.exponents)
+        # Products and sums on the way stay in the range of the node, whose ends are sums of all that can be negative, and
+        # of all that can be positive.
+        types = {
+            "weight": fixed(int(weight.min()), int(weight.max()), unit, signed=True),
+            "accum": fixed(node.low, node.high, node.exponent, signed=True),
+        }
+        bias: dict[str, Any] = {"bias_data": None}
+        if node.bias is not None:
+            shifted = node.bias << node.shifts
+            types["bias"] = fixed(int(shifted.min()), int(shifted.max()), node.exponent, signed=True)
+            bias["bias_data"] = shifted.double().numpy() * 2.0**node.exponent
+        values = weight.double().numpy() * 2.0**unit
+        if node.is_linear:
+            sizes = {"n_in": values.shape[1], "n_out": values.shape[0]}
+            self._emit(node, "Dense", types, weight_data=values.T, **sizes, **bias)
+            return
+        if node.dilation != (1, 1):
+            raise ExportError(f"Layer {node.name!r} is dilated by {node.dilation}, which hls4ml's streams cannot be.")
+        if node.groups == 1:
+            kernel = {"filt_height": values.shape[2], "filt_width": values.shape[3]}
+            if values.shape[2] == 1 < node.stride[0] and values.shape[3] > 1:
+                raise ExportError(
+                    f"Layer {node.name!r} skips rows with windows of one row, which hls4ml's streams do not."
+                )
+            sizes = self._sizes(node, node.stride, node.padding)
+            self._emit(node, "Conv2D", types, weight_data=values.transpose(2, 3, 1, 0), **kernel, **sizes, **bias)
+        elif node.groups == len(values) == self._source(node).shape[0]:
+            self._depthwise(node, values.transpose(2, 3, 0, 1), node.stride, types, node.padding, **bias)
+        else:
+            raise ExportError(
+                f"Layer {node.name!r} has {node.groups} groups of {values.shape[1]} channels, and {len(values)} outputs: "
+                "hls4ml has convolutions of one group, and depthwise ones with as many outputs as inputs."
+            )
+
+    def _clip(self, node: Clip) -> None:
+        low, high = node.bounds
+        assert low == 0
+        ends = high is not None and high < self._source(node).high
+        if ends and node.high * 2.0**node.exponent != 6:
+            raise ExportError(f"{node.name!r} ends at {node.high * 2.0**node.exponent:g}; ReLU and ReLU6 are exported.")
+        self._emit(node, "Activation", activation="relu6" if ends else "relu")
+
+    def _add(self, node: Add) -> None:
+        if len(set(node.inputs)) < len(node.inputs):
+            raise ExportError(f"{node.name!r} adds a tensor to itself, which hls4ml's streams cannot.")
+        self._emit(node, "Merge", op="add")
+
+    def _concat(self, node: Concat) -> None:
+        raise ExportError(f"{node.name!r} concatenates channels, which is not exported to hls4ml.")
+
+    def _maxpool(self, node: MaxPool) -> None:
+        if any(node.padding) or node.kernel != node.stride:
+            raise ExportError(
+                f"{node.name!r} pools windows of {node.kernel} at a stride of {node.stride} with padding {node.padding}: "
+                "hls4ml's streams have windows that lie side by side, without padding."
+            )
+        kernel = {"pool_height": node.kernel[0], "pool_width": node.kernel[1]}
+        types = {"accum": fixed(node.low, node.high, node.exponent)}
+        self._emit(node, "MaxPooling2D", types, **kernel, **self._sizes(node, node.stride))
+
+    def _sumpool(self, node: SumPool) -> None:
+        # hls4ml's own averages are other numbers.
+        source, count = self._source(node), node.kernel[0] * node.kernel[1]
+        unit = node.exponent - source.exponent
+        types = {
+            "weight": fixed(1, 1, unit),
+            "accum": fixed(count * min(source.low, 0), count * max(source.high, 0), node.exponent, signed=True),
+        }
+        weight = np.full((*node.kernel, node.shape[0], 1), 2.0**unit)
+        self._depthwise(node, weight, node.stride, types, bias_data=None)
+
+    def _flatten(self, node: Flatten) -> None:
+        shape = self._source(node).shape
+        if shape[1:] != (1, 1):
+            raise ExportError(
+                f"{node.name!r} flattens {shape}: of more than one pixel, hls4ml, with its channels last, has another order."
+            )
+        self._emit(node, "Reshape", target_shape=list(node.shape))

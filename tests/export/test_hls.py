@@ -1,0 +1,254 @@
+"""hls4ml projects against the integers, compiled with g++ and run."""
+
+import json
+import re
+import shutil
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from sdq_hf.export.graph import Clip, Concat, Flatten, IntegerNetwork, Layer, MaxPool, Node, Quantize, SumPool
+from sdq_hf.export.lower import ExportError, _sum_range, integer_network
+
+from .test_lower import profile_of
+
+pytest.importorskip("hls4ml")
+
+from sdq_hf.export.artefacts import export_model
+from sdq_hf.export.hls import Emulation, export_hls, fixed
+from sdq_hf.export.verify import made_images, with_one_weight_changed
+
+compiled = pytest.mark.skipif(shutil.which("g++") is None, reason="There is no g++.")
+# Depthwise convolutions, ReLU6, and an average that sees where ReLU6 ends.
+SMALL_MOBILENET = {"blocks": ("dsa_r1_k3_s1_c32", "dsa_r1_k3_s2_c64")}
+
+
+def assert_computes_the_integers(network: IntegerNetwork, project: Path, images: torch.Tensor) -> None:
+    got = Emulation(project, network)(torch.cat([images, made_images(network)]))
+    assert np.array_equal(got, network.logits(torch.cat([images, made_images(network)])).numpy())
+    changed, _ = with_one_weight_changed(network, images)
+    assert (got[: len(images)] != changed.logits(images).numpy()).any(1).sum() * 2 >= len(images)
+
+
+@compiled
+def test_a_residual_network_is_exported_and_verified(tmp_path: Path):
+    model, images = profile_of("resnet8_cifar", 8)
+    report = export_model(model, tmp_path / "out", ["hls4ml"], images)
+    found = [c for c in report["comparisons"] if c["what"] == "hls4ml"]
+    assert [(c["images"], c["count"], c["equal"]) for c in found] == [("real", 8, True), ("made", 6, True)]
+    assert found[0]["differ_from_control"] >= 4
+    files = json.loads((tmp_path / "out" / "manifest.json").read_text())["files"]
+    assert {"hls4ml/build_lib.sh", "hls4ml/firmware/sdq.cpp"} <= set(files)
+    # Sources alone, and nothing about where they were written.
+    assert not [name for name in files if name.endswith((".so", ".o"))]
+    for name in files:
+        assert str(tmp_path) not in (tmp_path / "out" / name).read_text(errors="replace"), name
+
+
+@compiled
+def test_a_depthwise_network_computes_the_integers(tmp_path: Path):
+    model, images = profile_of("mobilenetv1_025_cifar", 8, model_args=SMALL_MOBILENET)
+    network = integer_network(model)
+    clips = [node for node in network.nodes if isinstance(node, Clip)]
+    assert any(node.high < network[node.inputs[0]].high for node in clips)
+    export_hls(network, tmp_path / "project")
+    assert_computes_the_integers(network, tmp_path / "project", images)
+
+
+def handmade() -> IntegerNetwork:
+    """Max pooling, padding and strides that differ by side, 1 x 1 and 1-bit weights, and integers far from the point."""
+    generator = torch.Generator().manual_seed(0)
+
+    def layer(name: str, source: Node, shape: tuple[int, ...], weight: torch.Tensor, **geometry) -> Layer:
+        bias = torch.randint(-40, 40, weight.shape[:1], generator=generator)
+        exponents = torch.randint(2, 5, weight.shape[:1], generator=generator)
+        lows, highs = _sum_range(weight, bias, source.low, source.high)
+        shifts = exponents - exponents.min()
+        return Layer(
+            name=name,
+            inputs=(source.name,),
+            shape=shape,
+            exponent=source.exponent + int(exponents.min()),
+            low=int((lows << shifts).min()),
+            high=int((highs << shifts).max()),
+            weight=weight,
+            bias=bias,
+            exponents=tuple(exponents.tolist()),
+            weight_bits=4,
+            grid="",
+            sum_low=int(lows.min()),
+            sum_high=int(highs.max()),
+            **geometry,
+        )
+
+    def quantize(source: Node | None, name: str, shape: tuple[int, ...], exponent: int, bits: int, signed: bool):
+        low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+        return Quantize(
+            name=name,
+            inputs=("image" if source is None else source.name,),
+            shape=shape,
+            exponent=exponent,
+            low=low,
+            high=high,
+            bits=bits,
+            signed=signed,
+            source_exponent=None if source is None else source.exponent,
+        )
+
+    def weights(*shape: int) -> torch.Tensor:
+        return torch.randint(-7, 8, shape, generator=generator)
+
+    first = quantize(None, "in", (2, 9, 7), 3, 5, True)
+    conv = layer("conv", first, (3, 5, 8), weights(3, 2, 3, 2), padding=(1, 1, 2, 0), stride=(2, 1))
+    relu = Clip(
+        name="relu",
+        inputs=("conv",),
+        shape=conv.shape,
+        exponent=conv.exponent,
+        low=0,
+        high=conv.high,
+        bounds=(0, None),
+    )
+    pool = MaxPool(
+        name="pool",
+        inputs=("relu",),
+        shape=(3, 2, 4),
+        exponent=relu.exponent,
+        low=0,
+        high=relu.high,
+        kernel=(2, 2),
+        stride=(2, 2),
+    )
+    second = quantize(pool, "second", pool.shape, pool.exponent + 3, 4, False)
+    # Every other pixel, by weights of one bit.
+    point = layer("point", second, (4, 1, 2), weights(4, 3, 1, 1).sign().add(0.5).sign().long(), stride=(2, 2))
+    mean = SumPool(
+        name="mean",
+        inputs=("point",),
+        shape=(4, 1, 1),
+        exponent=point.exponent - 1,
+        low=2 * point.low,
+        high=2 * point.high,
+        kernel=(1, 2),
+        stride=(1, 2),
+    )
+    flat = Flatten(name="flat", inputs=("mean",), shape=(4,), exponent=mean.exponent, low=mean.low, high=mean.high)
+    third = quantize(flat, "third", (4,), flat.exponent + 2, 3, True)
+    head = layer("head", third, (5,), weights(5, 4))
+    return IntegerNetwork((first, conv, relu, pool, second, point, mean, flat, third, head), "handmade", (2, 9, 7))
+
+
+@compiled
+def test_what_no_small_network_has_computes_the_integers_too(tmp_path: Path):
+    network = handmade()
+    images = torch.randn(16, 2, 9, 7, generator=torch.Generator().manual_seed(1)) * 100
+    values = network.run(images, keep=True)
+    for node in network.nodes:
+        assert values[node.name].shape[1:] == node.shape, node.name
+    export_hls(network, tmp_path / "project", reuse_factor=2)
+    assert_computes_the_integers(network, tmp_path / "project", images)
+
+
+@pytest.mark.parametrize("exponent", [-20, -3, 0, 4])
+@pytest.mark.parametrize(
+    ("low", "high"), [(0, 0), (0, 1), (0, 255), (0, 256), (-1, 0), (-1, 1), (-128, 127), (-129, 5), (-2, 128), (3, 9)]
+)
+@pytest.mark.parametrize("signed", [None, True])
+def test_types_hold_what_they_are_for_and_no_bit_more(low: int, high: int, exponent: int, signed: bool | None):
+    text = fixed(low, high, exponent, signed)
+    width, whole = map(int, re.fullmatch(r"u?fixed<(\d+),(-?\d+)>", text).groups())
+    assert text.startswith("u") == (low >= 0 and not signed)
+
+    def ends(bits: int) -> tuple[int, int]:
+        return (0, 2**bits - 1) if text.startswith("u") else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+
+    # ap_fixed<W, I> is an integer of W bits in units of 2^(I - W).
+    assert Fraction(2) ** (whole - width) == Fraction(2) ** exponent
+    least, most = ends(width)
+    assert least <= low <= high <= most
+    if width > 1:
+        least, most = ends(width - 1)
+        assert not least <= low <= high <= most
+
+
+def test_only_roundings_round_and_they_do_it_half_to_even(tmp_path: Path):
+    network = handmade()
+    export_hls(network, tmp_path / "project")
+    text = (tmp_path / "project" / "firmware" / "defines.h").read_text()
+    found = {kind for kind in re.findall(r"ap_u?fixed<[^>]*>", text) if "RND" in kind or "SAT" in kind}
+    assert found == {
+        f"ap_{'' if node.signed else 'u'}fixed<{node.bits},{node.bits + node.exponent},AP_RND_CONV,AP_SAT,0>"
+        for node in network.nodes
+        if isinstance(node, Quantize)
+    }
+
+
+def changed(name: str, **fields) -> IntegerNetwork:
+    network = handmade()
+    return replace(
+        network, nodes=tuple(replace(node, **fields) if node.name == name else node for node in network.nodes)
+    )
+
+
+def with_concat() -> IntegerNetwork:
+    network = handmade()
+    relu = network["relu"]
+    concat = Concat(
+        name="both",
+        inputs=("relu", "conv"),
+        shape=(6, 5, 8),
+        exponent=relu.exponent,
+        low=network["conv"].low,
+        high=relu.high,
+        shifts=(0, 0),
+    )
+    return replace(network, nodes=(*network.nodes[:3], concat))
+
+
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [
+        (changed("conv", dilation=(2, 2)), r"'conv' is dilated by \(2, 2\)"),
+        (changed("conv", groups=2), "'conv' has 2 groups of 2 channels, and 3 outputs"),
+        (changed("pool", stride=(1, 1)), r"'pool' pools windows of \(2, 2\) at a stride of \(1, 1\)"),
+        (changed("pool", padding=(0, 1, 0, 1)), r"'pool' pools windows .* with padding \(0, 1, 0, 1\)"),
+        (changed("relu", bounds=(0, 5), high=5), "'relu' ends at .*; ReLU and ReLU6 are exported"),
+        (changed("second", high=14), r"'second' saturates at 0 and 14; hls4ml's types do at \(0, 15\)"),
+        (changed("flat", inputs=("point",)), r"'flat' flattens \(4, 1, 2\)"),
+        (changed("mean", stride=(2, 2)), "'mean' skips rows with windows of one row"),
+        (changed("head", high=2**60), "'head' takes 62 bits"),
+        (with_concat(), "'both' concatenates channels"),
+    ],
+)
+def test_what_hls4ml_has_no_exact_form_of_is_refused_by_name(tmp_path: Path, network: IntegerNetwork, message: str):
+    with pytest.raises(ExportError, match=message):
+        export_hls(network, tmp_path / "project")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_type_that_is_not_the_one_asked_for_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from hls4ml.model.graph import ModelGraph
+
+    original = ModelGraph.from_layer_list
+
+    def narrower(*args):
+        graph = original(*args)
+        graph.graph["n1_conv"].get_attr("accum_t").precision.width -= 1
+        return graph
+
+    monkeypatch.setattr(ModelGraph, "from_layer_list", narrower)
+    with pytest.raises(ExportError, match="'n1_conv' a accum of type"):
+        export_hls(handmade(), tmp_path / "project")
+
+
+@compiled
+def test_what_g_plus_plus_says_is_passed_on(tmp_path: Path):
+    network = handmade()
+    export_hls(network, tmp_path / "project")
+    (tmp_path / "project" / "firmware" / "sdq.cpp").write_text("nonsense;")
+    with pytest.raises(ExportError, match=r"g\+\+ cannot compile the hls4ml project: .*nonsense"):
+        Emulation(tmp_path / "project", network)
