@@ -128,15 +128,23 @@ def best_scale(
     a power of two.
     """
     w = w.detach().to(torch.float32)
-    best = _best_scale(w, form, grid, bits, per_channel)
-    if not power_of_two:
-        return best
+    find = _best_power_of_two if power_of_two else _best_scale
+    return find(w, form, grid, bits, per_channel)
+
+
+def _best_power_of_two(w: Tensor, form: str, grid: str, bits: int, per_channel: bool) -> Tensor:
+    half = half_range(grid, bits)
+    if form == "lsq":
+        # All of them, from above the largest weight down to a hundredth of it.
+        start, factors = (w.abs().flatten(1).amax(1) if per_channel else w.abs().max()), range(1, -8, -1)
+    else:
+        start, factors = _best_scale(w, form, grid, bits, per_channel), range(1, -2, -1)
+    units = nearest_power_of_two((start / half).clamp_min(_LEAST_UNIT))
     # A channel of zeros, or of next to nothing beside the others, would ask for integers of any length behind it.
-    least_unit = max(_LEAST_UNIT, _LEAST_SHARE * best.max().item() / half_range(grid, bits))
-    nearest = power_of_two_scale(best.clamp_min(least_unit * half_range(grid, bits)), grid, bits)
-    least = torch.full_like(best, math.inf)
-    for factor in (1.0, 0.5, 2.0):
-        scale = nearest * factor
+    least_unit = max(_LEAST_UNIT, _LEAST_SHARE * units.max().item())
+    best, least = units * half, torch.full_like(units, math.inf)
+    for k in factors:
+        scale = (units * 2.0**k).clamp_min(least_unit) * half
         values = _to_channels(scale, w) if per_channel else scale
         errors = (dequantize(quantize_to_integers(w, form, grid, bits, values), grid, bits, values) - w).square()
         error = errors.flatten(1).sum(1) if per_channel else errors.sum()
