@@ -2,9 +2,10 @@
 
 A standard file, without operators of its own. Each tensor stands for what the integers of the network do, as real numbers:
 
-- Weights are initializers of type INT2, INT4 or INT8 (or unsigned), with a `DequantizeLinear` behind them. Levels of 1, 3, 5,
-  6 and 7 bits, and two's complement ones, are stored as they are. Mid-rise levels of 2, 4 and 8 bits are odd integers that
-  do not fit: their codes are stored, `integer = 2 code - (2^b - 1)`, and a `Sub` follows.
+- Weights are initializers of type UINT2, INT4, UINT4, INT8 or UINT8, with a `DequantizeLinear` behind them. Levels of 3, 5, 6
+  and 7 bits, and two's complement ones, are stored as they are. Mid-rise levels of 4 and 8 bits are odd integers that do not
+  fit: their codes are stored, `integer = 2 code - (2^b - 1)`, and a `Sub` follows. So it does for 1 and 2 bits on both grids:
+  the default optimization of ONNX Runtime (1.32) puts INT2 weights into a `QLinearConv`, which does not take them.
 - Inputs of layers go through `QuantizeLinear` and `DequantizeLinear`, with a `Clip` before where no type has their bits.
 - Scales are powers of two, so each product and each sum below 2^24 units is exact in float32 whatever its order, and the
   logits equal those of the network. `IntegerNetwork.inexact_in_float32` says where a sum may be larger.
@@ -229,7 +230,7 @@ class _Graph(GraphWriter):
         self._has_two_bits |= bits == 2
         low, high = extremes(node.grid, max(widths))
         units = 2.0 ** torch.tensor(node.exponents).double()
-        if -(2 ** (bits - 1)) <= low and high < 2 ** (bits - 1):
+        if bits > 2 and -(2 ** (bits - 1)) <= low and high < 2 ** (bits - 1):
             stored = self.integers(f"{name}.integers", node.weight, bits, signed=True)
             return self._dequantized(name, stored, units)
         lows = torch.tensor([extremes(node.grid, width)[0] for width in widths])
