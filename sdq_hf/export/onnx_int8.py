@@ -187,12 +187,23 @@ class _Graph(GraphWriter):
         (source,) = node.inputs
         grid = _Grid.of(node)
         if source == IMAGE:
-            self._codes[node.name] = self._quantized(node.name, INPUT, grid)
+            image = INPUT
+            if self._in_quarters(node):
+                image = self.add("SpaceToDepth", [INPUT], f"{node.name}.quarters", blocksize=2)
+            self._codes[node.name] = self._quantized(node.name, image, grid)
             return
         codes = self._codes[source]
         if codes.grid != grid:
             codes = self._quantized(node.name, self._inputs(node)[0], grid)
         self._codes[node.name] = codes
+
+    def _in_quarters(self, node: Quantize) -> bool:
+        """Whether `half_size` is for the layer that takes what `node` rounds."""
+        (first, *others) = self._users[node.name]
+        if others or node.inputs != (IMAGE,) or not isinstance(first, Layer) or first.is_linear:
+            return False
+        plain = first.groups == 1 and first.dilation == (1, 1) and first.stride == (2, 2)
+        return plain and not any(side % 2 for side in node.shape[1:])
 
     def _layer(self, node: Layer) -> None:
         check_layer(self.network, node)
@@ -203,16 +214,12 @@ class _Graph(GraphWriter):
             operator, attributes = "Gemm", {"transB": 1}
         else:
             operator, attributes = "Conv", conv_attributes(node)
-        codes = self._codes[rounding.name]
-        if rounding.inputs == (IMAGE,) and _halves(node, rounding.shape):
-            quarters = self.add("SpaceToDepth", [codes.name], f"{node.name}.quarters", blocksize=2)
-            codes = _Codes(quarters, codes.grid)
+        if self._in_quarters(rounding):
             integers, attributes = half_size(node, integers, rounding.shape)
-        data = self._dequantized(codes, f"{node.name}.input0")
         name = f"{node.name}.weight"
         stored = self.constant(f"{name}.integers", integers.numpy(), np.int8)
         weight = self._constants(name, stored, scales, np.int8)
-        inputs = [data, weight]
+        inputs = [*self._inputs(node), weight]
         if node.bias is not None:
             units = torch.tensor([2.0**exponent for exponent in node.exponents], dtype=torch.float64)
             bias = (node.bias * (units / scales)).round().clamp(-(2**31), 2**31 - 1).long()
@@ -281,12 +288,6 @@ def int8_weight(layer: Layer) -> tuple[Tensor, Tensor]:
     integers = (rows / factors[:, None]).round().long()
     scales = factors * 2.0 ** torch.tensor(layer.exponents).double()
     return integers.view_as(layer.weight), scales
-
-
-def _halves(layer: Layer, shape: tuple[int, ...]) -> bool:
-    """Whether `layer` can be computed on quarters of the image, of half its height and width."""
-    plain = not layer.is_linear and layer.groups == 1 and layer.dilation == (1, 1)
-    return plain and layer.stride == (2, 2) and not any(side % 2 for side in shape[1:])
 
 
 def half_size(layer: Layer, weight: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, dict[str, Any]]:

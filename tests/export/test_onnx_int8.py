@@ -96,9 +96,10 @@ POOL = pool(RELU, (3, 3, 3))
         # 6 is level 12 of 15; 2 is level 1 of 3 and halfway between two of the next.
         (FIRST, clip(FIRST, 6), rounded(clip(FIRST, 6), "r", -1, 4, False)),
         (FIRST, clip(FIRST, 2), rounded(clip(FIRST, 2), "r", 2, 2, False)),
+        (FIRST, RELU, rounded(RELU, "r", -2, 5, True)),
         (FIRST, RELU, POOL, rounded(POOL, "r", -1, 4, False)),
     ],
-    ids=["signed4", "signed8", "unsigned3", "unsigned1", "relu6", "relu2", "pool"],
+    ids=["signed4", "signed8", "unsigned3", "unsigned1", "relu6", "relu2", "relu signed", "pool"],
 )
 def test_where_the_model_rounds_everything_the_logits_are_its_own(tmp_path: Path, between: tuple[Node, ...], level):
     network = chain(*between)
@@ -107,6 +108,28 @@ def test_where_the_model_rounds_everything_the_logits_are_its_own(tmp_path: Path
     ties = (torch.randint(-128, 127, images.shape) + 0.5) * 2.0**-5
     for pixels in (images, 1e6 * images, ties):
         assert torch.equal(logits_of(tmp_path / "model.onnx", pixels, level), network.logits(pixels))
+
+
+@pytest.mark.parametrize("top", [None, 6])
+def test_a_tensor_that_a_clip_and_another_node_take_is_on_a_grid_over_its_range(tmp_path: Path, top: int | None):
+    clipped = clip(FIRST, top)
+    total = Add(
+        name="sum",
+        inputs=("conv", "clip"),
+        shape=FIRST.shape,
+        exponent=FIRST.exponent,
+        low=2 * FIRST.low,
+        high=2 * FIRST.high,
+        shifts=(0, 0),
+    )
+    network = small(FIRST, clipped, total)
+    images = torch.randn(16, 2, 6, 5)
+    export_onnx_int8(network, tmp_path / "model.onnx", [images])
+    values = network.run(images, keep=True)
+    step, last = (2.0**-9 * (values[name].max() - values[name].min()) / 255 for name in ("conv", "sum"))
+    # Each term is off by half a step, and their sum by half a step of its own, and zero by a rounding of its place.
+    off = (logits_of(tmp_path / "model.onnx", images) - network.logits(images)).abs().max()
+    assert 0 < off < 1.01 * (2 * step + last)
 
 
 @pytest.mark.parametrize(
