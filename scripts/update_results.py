@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 # As when a script is run: its folder is where its neighbours are imported from.
 sys.path.insert(0, str(Path(__file__).parent))
 
+import bench_onnx  # noqa: E402
 import bench_searches  # noqa: E402
 import compare_runs  # noqa: E402
 import make_lut_table  # noqa: E402
@@ -51,6 +52,7 @@ TABLES: dict[str, Callable[[list[Any]], str]] = {
     "stability": lambda files: study_stability.table(files[0]["cells"]),
     "signal": lambda files: study_signal.table(files[0]["cells"]),
     "mutants": lambda files: mutate.table(files[0]["modules"]),
+    "onnx": lambda files: bench_onnx.table(files[0]),
     "networks": lambda files: sweep_timm.table(files[0]),
     "pretrained": lambda files: study_pretrained.table(files[0]["cells"]),
     "exports": lambda files: verify_exports.table(files[0]["cells"]),
