@@ -124,7 +124,7 @@ class Layer(Node):
         else:
             x = F.pad(x, self.padding)
             total = F.conv2d(x, weight, bias, self.stride, 0, self.dilation, self.groups)
-        # A multiplication in place of a shift, since floats are used too: see `IntegerNetwork.run`.
+        # A multiplication in place of a shift: calibration runs nodes in float32, which is faster (`onnx_int8.ranges`).
         factors = (2**self.shifts).to(x.device, x.dtype)
         return total * factors.view(-1, *[1] * (total.dim() - 2))
 
