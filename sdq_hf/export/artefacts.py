@@ -114,7 +114,7 @@ def _verilog(network: IntegerNetwork, folder: Path, calibration: Tensor) -> Writ
             copy = Path(shutil.copytree(path, Path(scratch) / "verilog"))
             return simulate_dense(copy, inputs.numpy()) * 2.0 ** np.array(exponents)
 
-    return Written(run)
+    return Written(run, most_images=1000)
 
 
 def _hls4ml(network: IntegerNetwork, folder: Path, calibration: Tensor) -> Written:
