@@ -178,11 +178,11 @@ def export_model(
     remove(failed)
     with writing(beside):
         beside.mkdir(parents=True)
-        try:
-            return _export(model, network, beside, folder, targets, images, labels, calibration, verify, say)
-        except BaseException:
-            remove(beside)
-            raise
+    try:
+        return _export(model, network, beside, folder, targets, images, labels, calibration, verify, say)
+    except BaseException:
+        remove(beside)
+        raise
 
 
 def _export(
