@@ -11,7 +11,7 @@ import resource
 import shutil
 import subprocess
 import tempfile
-import time
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,8 @@ from .optional import needed
 
 # The name of the files and of the top function.
 PROJECT = "sdq"
+# Bytes of stack of an emulation; they are only taken where they are used.
+_STACK = 2**30
 # hls4ml 1.3 has this for arrays, and not for streams; projects take it in their own copy of its header.
 _RELU6 = """
 template <class data_T, class res_T, typename CONFIG_T> void relu6(hls::stream<data_T> &data, hls::stream<res_T> &res) {
@@ -114,7 +116,7 @@ def export_hls(network: IntegerNetwork, folder: str | Path, reuse_factor: int = 
 class Emulation:
     """A project of `network`, compiled with g++ and the fixed-point types that hls4ml brings; kept as long as this object.
 
-    seconds, peak_bytes: what the compiler took; the memory is that of the largest process started so far.
+    seconds, peak_bytes: CPU time and memory of the compiler; the memory is that of the largest process started so far.
 
     Raises `ExportError` without a compiler, and where it fails or takes more than `timeout` seconds.
     """
@@ -126,7 +128,7 @@ class Emulation:
         self._folder = tempfile.TemporaryDirectory(prefix="sdq-hls-")
         copy = Path(self._folder.name) / "project"
         shutil.copytree(project, copy)
-        start = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         try:
             done = subprocess.run(["bash", "build_lib.sh"], cwd=copy, capture_output=True, text=True, timeout=timeout)
         except subprocess.TimeoutExpired:
@@ -134,8 +136,9 @@ class Emulation:
         if done.returncode:
             errors = [line for line in done.stderr.splitlines() if "error" in line] or [f"exit code {done.returncode}"]
             raise ExportError(f"g++ cannot compile the hls4ml project: {errors[0]}")
-        self.seconds = time.perf_counter() - start
-        self.peak_bytes = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        self.seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        self.peak_bytes = after.ru_maxrss * 1024
         (library,) = (copy / "firmware").glob("*.so")
         # float64 holds every integer that the types do: `_Writer` sees to it.
         self._run = getattr(ctypes.CDLL(str(library)), f"{PROJECT}_double")
@@ -145,9 +148,20 @@ class Emulation:
         """Images (float32 [B, C, H, W]) -> logits (float64 [B, num_labels])."""
         logits = np.zeros((len(images), *self._output.shape))
         pixels = np.ascontiguousarray(images.double().numpy().transpose(0, 2, 3, 1))
-        for image, row in zip(pixels, logits, strict=True):
-            pointers = [array.ctypes.data_as(ctypes.c_void_p) for array in (*[image] * self._inputs, row)]
-            self._run(*pointers)
+
+        def run() -> None:
+            for image, row in zip(pixels, logits, strict=True):
+                pointers = [array.ctypes.data_as(ctypes.c_void_p) for array in (*[image] * self._inputs, row)]
+                self._run(*pointers)
+
+        # All products of a layer are on the stack, of which the main thread may have too little.
+        before = threading.stack_size(_STACK)
+        try:
+            thread = threading.Thread(target=run)
+            thread.start()
+        finally:
+            threading.stack_size(before)
+        thread.join()
         return logits
 
 
@@ -160,6 +174,19 @@ def fixed(low: int, high: int, exponent: int, signed: bool | None = None, rounds
     signed = low < 0 if signed is None else signed
     width = signed_bits(low, high) if signed else max(high.bit_length(), 1)
     return f"{'' if signed else 'u'}fixed<{width},{width + exponent}{',RND_CONV,SAT' if rounds else ''}>"
+
+
+def _ungrouped(weight: np.ndarray, groups: int) -> np.ndarray:
+    """Weights [O, I / groups, kh, kw] of a convolution in groups as those of one over all channels: [O, I, kh, kw].
+
+    hls4ml has no groups. It counts the zeros, and unrolled they are no multiplications.
+    """
+    outputs, inputs = len(weight) // groups, weight.shape[1]
+    full = np.zeros((len(weight), inputs * groups, *weight.shape[2:]))
+    for i in range(groups):
+        rows = slice(i * outputs, (i + 1) * outputs)
+        full[rows, i * inputs : (i + 1) * inputs] = weight[rows]
+    return full
 
 
 def _first_roundings(network: IntegerNetwork) -> list[Node]:
@@ -280,21 +307,15 @@ class _Writer:
             return
         if node.dilation != (1, 1):
             raise ExportError(f"Layer {node.name!r} is dilated by {node.dilation}, which hls4ml's streams cannot be.")
-        if node.groups == 1:
-            kernel = {"filt_height": values.shape[2], "filt_width": values.shape[3]}
-            if values.shape[2] == 1 < node.stride[0] and values.shape[3] > 1:
-                raise ExportError(
-                    f"Layer {node.name!r} skips rows with windows of one row, which hls4ml's streams do not."
-                )
-            sizes = self._sizes(node, node.stride, node.padding)
-            self._emit(node, "Conv2D", types, weight_data=values.transpose(2, 3, 1, 0), **kernel, **sizes, **bias)
-        elif node.groups == len(values) == self._source(node).shape[0]:
+        if 1 < node.groups == len(values) == self._source(node).shape[0]:
             self._depthwise(node, values.transpose(2, 3, 0, 1), node.stride, types, node.padding, **bias)
-        else:
-            raise ExportError(
-                f"Layer {node.name!r} has {node.groups} groups of {values.shape[1]} channels, and {len(values)} outputs: "
-                "hls4ml has convolutions of one group, and depthwise ones with as many outputs as inputs."
-            )
+            return
+        values = _ungrouped(values, node.groups)
+        kernel = {"filt_height": values.shape[2], "filt_width": values.shape[3]}
+        if values.shape[2] == 1 < node.stride[0] and values.shape[3] > 1:
+            raise ExportError(f"Layer {node.name!r} skips rows with windows of one row, which hls4ml's streams do not.")
+        sizes = self._sizes(node, node.stride, node.padding)
+        self._emit(node, "Conv2D", types, weight_data=values.transpose(2, 3, 1, 0), **kernel, **sizes, **bias)
 
     def _clip(self, node: Clip) -> None:
         low, high = node.bounds
