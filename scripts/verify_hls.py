@@ -36,6 +36,7 @@ COLUMNS = {
     "layers": "{}",
     "weights": "{:,}",
     "accumulator bits": "{}",
+    "reuse factor": "{}",
     "compile, s": "{:.0f}",
     "compile, GB": "{:.2f}",
     "real images": "{}",

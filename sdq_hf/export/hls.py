@@ -179,7 +179,7 @@ def fixed(low: int, high: int, exponent: int, signed: bool | None = None, rounds
 def _ungrouped(weight: np.ndarray, groups: int) -> np.ndarray:
     """Weights [O, I / groups, kh, kw] of a convolution in groups as those of one over all channels: [O, I, kh, kw].
 
-    hls4ml has no groups. It counts the zeros, and unrolled they are no multiplications.
+    hls4ml has no groups; it takes the zeros off the multipliers that it allows a layer.
     """
     outputs, inputs = len(weight) // groups, weight.shape[1]
     full = np.zeros((len(weight), inputs * groups, *weight.shape[2:]))
