@@ -36,6 +36,7 @@ import study_stability  # noqa: E402
 import study_transfer  # noqa: E402
 import sweep_timm  # noqa: E402
 import verify_exports  # noqa: E402
+import verify_hls  # noqa: E402
 
 from sdq_hf.writing import write_text  # noqa: E402
 
@@ -57,6 +58,7 @@ TABLES: dict[str, Callable[[list[Any]], str]] = {
     "pretrained": lambda files: study_pretrained.table(files[0]["cells"]),
     "exports": lambda files: verify_exports.table(files[0]["cells"]),
     "profiles": lambda files: verify_exports.profiles(files[0]["cells"]),
+    "hls": lambda files: verify_hls.table(files[0]["rows"]),
     "luts": lambda files: make_lut_table.markdown(files[0]),
     "transfer": lambda files: study_transfer.table(files[0]["cells"]),
     "search": lambda files: study_search.table([cell for content in files for cell in content["cells"]]),

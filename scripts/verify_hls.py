@@ -45,6 +45,7 @@ COLUMNS = {
     "differ from control": "{}",
     "an image, s": "{:.3f}",
 }
+_HEAD = "| " + " | ".join(COLUMNS) + " |\n|" + "---|" * len(COLUMNS)
 
 
 def main() -> int:
@@ -60,7 +61,7 @@ def main() -> int:
     rows: list[dict[str, Any]] = []
     if options.out and options.out.exists():
         rows = json.loads(options.out.read_text())["rows"]
-    print("| " + " | ".join(COLUMNS) + " |\n|" + "---|" * len(COLUMNS))
+    print(_HEAD)
     for folder in options.models:
         model = SDQForImageClassification.from_pretrained(folder).eval()
         network = integer_network(model)
@@ -74,8 +75,17 @@ def main() -> int:
             if options.out:
                 command = "python scripts/verify_hls.py MODELS --dataset DATA --out FILE"
                 write_json(options.out, {"command": command, "versions": versions(), "rows": rows})
-        print("| " + " | ".join(form.format(row[key]) for key, form in COLUMNS.items()) + " |", flush=True)
+        print(_line(row), flush=True)
     return 0 if all(row["equal"] and row["made images equal"] and row["differ from control"] for row in rows) else 1
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: a line for each network and reuse factor."""
+    return "\n".join([_HEAD, *(_line(row) for row in rows)])
+
+
+def _line(row: dict[str, Any]) -> str:
+    return "| " + " | ".join(form.format(row[key]) for key, form in COLUMNS.items()) + " |"
 
 
 def measure(network: IntegerNetwork, images: Tensor, options: argparse.Namespace) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def _qonnx(network: IntegerNetwork, folder: Path, calibration: Tensor) -> Writte
 
     path = folder / "model.qonnx.onnx"
     export_qonnx(network, path)
-    return Written(lambda batch: run_qonnx(path, batch), most_images=256)
+    return Written(lambda batch: run_qonnx(path, batch), most_images=64)
 
 
 def _onnx(network: IntegerNetwork, folder: Path, calibration: Tensor) -> Written:
