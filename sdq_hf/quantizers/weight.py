@@ -252,9 +252,11 @@ class WeightQuantizer(KeepsPositive, nn.Module):
         """The scale that is computed with (shape of `scale`), differentiable in it."""
         if not self.power_of_two:
             return self.scale
+        # In float64 weights near a tie would be divided otherwise, and rounded to other integers.
+        scale = self.scale.float()
         if isinstance(self.bits, int):
-            return power_of_two_scale(self.scale, self.grid, self.bits)
-        return nearest_power_of_two(self.scale / self._halves()) * self._halves()
+            return power_of_two_scale(scale, self.grid, self.bits)
+        return nearest_power_of_two(scale / self._halves()) * self._halves()
 
     @property
     def unit(self) -> Tensor:
@@ -265,7 +267,8 @@ class WeightQuantizer(KeepsPositive, nn.Module):
 
     def _halves(self) -> Tensor:
         assert not isinstance(self.bits, int)
-        return self.scale.new_tensor([half_range(self.grid, bits) for bits in self.bits])
+        halves = [half_range(self.grid, bits) for bits in self.bits]
+        return torch.tensor(halves, dtype=torch.float32, device=self.scale.device)
 
     def set_bits(self, bits: int | tuple[int, ...], w: Tensor) -> None:
         """Quantize at `bits` from now on, as many as before; the scale is fitted to the real weights `w`.

@@ -105,3 +105,15 @@ def test_a_scale_that_moves_far_enough_takes_the_next_power():
         optimizer.step()
     # Around the best one, which it cannot rest at: the gradient of the nearest power has a jump there.
     assert int(exponent(quantizer.unit)) in (before + 1, before + 2)
+
+
+@pytest.mark.parametrize("bits", [8, tuple(range(1, 9)) * 8])
+def test_weights_near_a_tie_have_the_same_integers_in_float64(bits: int | tuple[int, ...]):
+    """Some of so many have a quotient that float32 rounds to a half, and float64 does not."""
+    weight = torch.randn(64, 4096, generator=torch.Generator().manual_seed(0))
+    quantizer = WeightQuantizer("lsq", "midrise", bits, channels=64, power_of_two=True)
+    quantizer.fit_scale(weight)
+    integers, values = quantizer.integers(weight), quantizer(weight)
+    quantizer.double()
+    assert torch.equal(quantizer.integers(weight.double()), integers)
+    assert torch.equal(quantizer(weight.double()), values)
