@@ -1,5 +1,6 @@
 """Makes the integer network of a model in the hardware profile."""
 
+import itertools
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -105,7 +106,12 @@ class _Lowering:
                 f"{name!r} is {what}, which has no integer form here. Networks of convolutions, linear layers, ReLU, "
                 "ReLU6, sums, concatenation and pooling have one."
             )
-        return lower(name, node, module)
+        return lower(self._free(name), node, module)
+
+    def _free(self, name: str) -> str:
+        """`name`, or with a number behind it: a module without weights may be called several times."""
+        names = itertools.chain([name], (f"{name}_{i}" for i in itertools.count(1)))
+        return next(free for free in names if free not in self._nodes)
 
     def _kind_of_module(self, name: str, module: nn.Module) -> str:
         if isinstance(module, nn.Conv2d | nn.Linear):

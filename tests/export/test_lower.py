@@ -39,6 +39,8 @@ def simulated(model: SDQForImageClassification, images: torch.Tensor) -> torch.T
         ("mobilenetv2_025_cifar", 16, {}),
         ("test_resnet", 32, {}),
         ("tf_mobilenetv3_small_minimal_100", 64, {}),
+        # Its blocks call one ReLU twice.
+        ("dla34", 32, {"model_args": {"levels": [1, 1, 1, 1, 1, 1], "channels": [8] * 6}}),
     ],
 )
 def test_integers_and_simulation_agree_exactly(architecture: str, size: int, options: dict):
