@@ -140,7 +140,7 @@ def _behind(node: fx.Node, modules: Mapping[str, nn.Module]) -> Iterator[str]:
         called = user.op in ("call_function", "call_method") and target in _TRANSPARENT_CALLS
         if called or isinstance(module, _TRANSPARENT):
             yield from _behind(user, modules)
-        elif user.op != "output":
+        else:
             yield target
 
 

@@ -69,6 +69,19 @@ def test_a_network_without_a_layer_before_batch_norm_is_refused_by_name():
         fold_batch_norm(create_backbone("densenet121"), (3, 32, 32))
 
 
+def test_an_average_that_is_the_output_must_be_a_shift():
+    """Nothing is behind it to take up the rest of the factor."""
+    source = create_backbone("resnet8_cifar", num_classes=0)
+    images = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        expected = source.eval()(images)
+        torch.testing.assert_close(fold_batch_norm(source, (3, 16, 16))(images), expected)
+    with pytest.raises(
+        ValueError, match="'global_pool' over 6 x 6 pixels cannot be a shift: 'output' stands behind it"
+    ):
+        fold_batch_norm(create_backbone("resnet8_cifar", num_classes=0), (3, 24, 24))
+
+
 def test_an_image_of_another_size_than_that_of_the_average_is_refused():
     model, images = model_of(size=28)
     profile = model.to_hardware_profile([images])
