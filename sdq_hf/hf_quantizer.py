@@ -63,7 +63,8 @@ class SDQHfQuantizer(HfQuantizer):
                 layer.register_buffer(PACKED, torch.empty(size, dtype=torch.uint8, device=layer.weight.device))
             del layer.weight
         if checkpoint_files:
-            optional = {f"{name}.{key}" for name in new for key in ("weight", PACKED, "bias")}
+            of_head = ("weight", PACKED, "bias", "weight_quantizer.scale")
+            optional = {f"{name}.{key}" for name in new for key in of_head}
             check_files(checkpoint_files, model.state_dict(), optional)
         return model
 
@@ -71,13 +72,13 @@ class SDQHfQuantizer(HfQuantizer):
         for name, layer in quantized_layers(model).items():
             quantizer = layer.weight_quantizer
             shape, dtype, has_bias = layer.__dict__.pop(_AWAY)
-            check_scale(name, quantizer.scale)
             if name in model.new_layers:
                 layer.weight = nn.Parameter(torch.empty(shape, dtype=dtype, device=quantizer.scale.device))
                 layer.bias = nn.Parameter(layer.weight.new_empty(shape[0])) if has_bias else None
                 layer.reset_parameters()  # type: ignore[operator]
                 quantizer.fit_scale(layer.weight)
                 continue
+            check_scale(name, quantizer.scale)
             packed = layer._buffers.pop(PACKED)
             assert packed is not None
             weight = quantizer.unpack(packed, shape)

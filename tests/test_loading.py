@@ -199,6 +199,21 @@ def test_a_new_head_is_made_when_asked_for_and_all_else_stays(model, saved, tmp_
     assert torch.equal(logits(SDQForImageClassification.from_pretrained(tmp_path)), logits(loaded))
 
 
+@pytest.mark.parametrize("options", [{"weight_scale": "channel"}, {"scales": "power_of_two", "weight_scale": "channel"}])
+def test_so_it_is_where_each_class_has_a_scale_of_its_own(tmp_path, options):
+    model = create("resnet8_cifar", 0, **options)
+    model.save_pretrained(tmp_path, print_size=False)
+    loaded = SDQForImageClassification.from_pretrained(tmp_path, num_labels=4, ignore_mismatched_sizes=True).eval()
+    head = loaded.timm_model.fc
+    assert head.weight_quantizer.scale.shape == (4,)
+    weight = head.quantized_weight()
+    assert (weight - head.weight).norm() < 0.02 * head.weight.norm()
+    with torch.no_grad():
+        assert torch.equal(loaded.timm_model.forward_features(images()), model.timm_model.forward_features(images()))
+    loaded.save_pretrained(tmp_path / "new", print_size=False)
+    assert torch.equal(logits(SDQForImageClassification.from_pretrained(tmp_path / "new")), logits(loaded))
+
+
 @pytest.mark.parametrize("form", ["lsq", "dorefa", "entropy"])
 def test_load_state_dict_takes_the_tensors_of_a_packed_file(tmp_path, form):
     model, other = (create("resnet8_cifar", seed, weight_quantizer=form) for seed in (0, 1))
