@@ -199,7 +199,9 @@ def test_a_new_head_is_made_when_asked_for_and_all_else_stays(model, saved, tmp_
     assert torch.equal(logits(SDQForImageClassification.from_pretrained(tmp_path)), logits(loaded))
 
 
-@pytest.mark.parametrize("options", [{"weight_scale": "channel"}, {"scales": "power_of_two", "weight_scale": "channel"}])
+@pytest.mark.parametrize(
+    "options", [{"weight_scale": "channel"}, {"scales": "power_of_two", "weight_scale": "channel"}]
+)
 def test_so_it_is_where_each_class_has_a_scale_of_its_own(tmp_path, options):
     model = create("resnet8_cifar", 0, **options)
     model.save_pretrained(tmp_path, print_size=False)

@@ -169,6 +169,7 @@ def export_model(
     an export does not compute the integers: then nothing is left in `folder` but verification.json, in FOLDER.failed.
     """
     check_targets(targets)
+    _check_images(images, labels, model.config.input_size)
     folder = Path(folder)
     if folder.exists() and not (folder / "manifest.json").exists() and any(folder.iterdir()):
         raise ExportError(f"{folder} is not empty and holds no earlier export: choose another folder.")
@@ -183,6 +184,18 @@ def export_model(
     except BaseException:
         remove(beside)
         raise
+
+
+def _check_images(images: Tensor, labels: Tensor | None, size: tuple[int, int, int]) -> None:
+    shape = list(images.shape)
+    if images.dtype != torch.float32 or len(shape) != 4 or shape[1:] != list(size) or not shape[0]:
+        raise ExportError(
+            f"images must be float32 [B, {size[0]}, {size[1]}, {size[2]}], at least one, got {images.dtype} {shape}."
+        )
+    if not images.isfinite().all():
+        raise ExportError("images must be finite: some have NaN or infinite values.")
+    if labels is not None and len(labels) != len(images):
+        raise ExportError(f"labels must be one for each of the {len(images)} images, got {len(labels)}.")
 
 
 def _export(

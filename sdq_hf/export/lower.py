@@ -49,6 +49,10 @@ def integer_network(model: SDQForImageClassification) -> IntegerNetwork:
             "The model is not in the hardware profile: its scales are floats. Make a copy that is with "
             "model.to_hardware_profile(images), or scripts/to_hardware.py."
         )
+    if model.dtype not in (torch.float32, torch.float64):
+        raise ExportError(
+            f"The model was loaded in {model.dtype}, which rounds its biases: load it in float32, without dtype."
+        )
     if not model.is_calibrated():
         raise ExportError("The activation steps of the model were never fitted: call model.calibrate(images).")
     network = model.timm_model

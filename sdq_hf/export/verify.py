@@ -1,6 +1,7 @@
 """Proof that an export computes the integers: by equality, on real images and on inputs made to break it."""
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -25,7 +26,7 @@ class Comparison:
 
     accuracy: top-1 in percent, where the labels are known.
     exact: whether equality is claimed, and so asked for; of others same_top1 says how often the first guess is the same, in
-    percent. differ_from_control: of the first 64 images those whose logits are not those of the network with one weight
+    percent; logits that are not finite are never accepted. differ_from_control: of the first 64 images those whose logits are not those of the network with one weight
     changed; none that differ would mean that nothing was compared.
     """
 
@@ -41,7 +42,8 @@ class Comparison:
 
     @property
     def failed(self) -> bool:
-        return (self.exact and not self.equal) or (self.images == REAL and not self.differ_from_control)
+        unlike = (self.exact and not self.equal) or not math.isfinite(self.max_difference)
+        return unlike or (self.images == REAL and not self.differ_from_control)
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,9 @@ def cases(network: IntegerNetwork, images: Tensor, labels: Tensor | None = None)
 
 def compare(what: str, run: Runner, case: Case, exact: bool = True) -> Comparison:
     """Compare what `run` computes of the images of `case` with the integers."""
-    got = torch.as_tensor(np.asarray(run(case.images))).double().reshape(case.reference.shape)
+    got = torch.as_tensor(np.asarray(run(case.images))).double()
+    if got.shape != case.reference.shape:
+        raise ExportError(f"{what}: logits of shape {list(got.shape)}, expected {list(case.reference.shape)}.")
     return Comparison(
         what=what,
         images=case.name,

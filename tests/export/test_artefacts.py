@@ -117,6 +117,40 @@ def test_an_export_that_compares_nothing_fails(tmp_path: Path, monkeypatch: pyte
         export_model(model, tmp_path / "out", ["control"], images)
 
 
+@pytest.mark.parametrize("exact", [True, False])
+def test_an_export_that_gives_no_numbers_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exact: bool):
+    """Also one that need not be exact."""
+    model, images = profile_of()
+    monkeypatch.setitem(
+        artefacts.TARGETS, "nan", lambda *_: Written(lambda x: np.full((len(x), 5), np.nan), exact=exact)
+    )
+    with pytest.raises(VerificationError, match="nan"):
+        export_model(model, tmp_path / "out", ["nan"], images)
+
+
+def test_an_export_with_logits_of_another_shape_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    model, images = profile_of()
+    network = integer_network(model)
+    monkeypatch.setitem(artefacts.TARGETS, "turned", lambda *_: Written(lambda x: network.logits(x).T.numpy()))
+    with pytest.raises(ExportError, match=r"turned: logits of shape \[5, 8\], expected \[8, 5\]"):
+        export_model(model, tmp_path / "out", ["turned"], images)
+    assert not list(tmp_path.iterdir())
+
+
+def test_images_that_are_none_are_refused(tmp_path: Path):
+    model, images = profile_of()
+    for wrong, message in (
+        (images[:0], r"at least one, got torch\.float32 \[0, 3, 16, 16\]"),
+        (images[:, :, :8], r"must be float32 \[B, 3, 16, 16\], .*got torch\.float32 \[8, 3, 8, 16\]"),
+        (images.double(), "got torch.float64"),
+        (images / 0, "must be finite"),
+    ):
+        with pytest.raises(ExportError, match=message):
+            export_model(model, tmp_path / "out", [], wrong)
+    with pytest.raises(ExportError, match="one for each of the 8 images, got 3"):
+        export_model(model, tmp_path / "out", [], images, torch.zeros(3))
+
+
 def test_made_images_reach_both_ends_and_every_tie():
     model, _ = profile_of()
     network = integer_network(model)

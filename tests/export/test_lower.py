@@ -153,6 +153,12 @@ def test_a_model_that_is_not_in_the_profile_is_refused():
         integer_network(model)
 
 
+def test_a_model_whose_biases_are_rounded_is_refused(tmp_path: Path):
+    profile_of()[0].save_pretrained(tmp_path, print_size=False)
+    with pytest.raises(ExportError, match=r"loaded in torch\.bfloat16, which rounds its biases: load it in float32"):
+        integer_network(SDQForImageClassification.from_pretrained(tmp_path, dtype=torch.bfloat16))
+
+
 def test_an_operation_without_an_integer_form_is_refused_by_name():
     model, images = model_of("resnet8_cifar", model_args={"act_layer": "silu"})
     with pytest.raises(ExportError, match="'act1' is a SiLU, which has no integer form"):
