@@ -80,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="?",
         const="tpu_like",
         metavar="ACCELERATOR",
-        help="Also latency and memory energy by the model ZigZag, a second or two a layer (needs sdq-hf[fpga]); default "
+        help="Also latency and memory energy by the model ZigZag, a second or two a layer (needs sdq-hf[zigzag]); default "
         "accelerator: tpu_like.",
     )
     report.set_defaults(run=_report)
@@ -208,7 +208,10 @@ def _export(options: argparse.Namespace) -> int:
     loaders = build_loaders(data, model.config.pretrained_cfg or {}, aug="none")
     images, labels = (torch.cat([batch[key] for batch in loaders["test"]]) for key in ("pixel_values", "labels"))
     calibration = next(iter(loaders["calibration"]))["pixel_values"]
-    report = export_model(model, options.output, options.to, images, labels, calibration, options.verify, say=print)
+    known = labels if len(data.label_names) == model.config.num_labels else None
+    if known is None:
+        print(f"The data has {len(data.label_names)} classes, the model {model.config.num_labels}: no accuracy.")
+    report = export_model(model, options.output, options.to, images, known, calibration, options.verify, say=print)
     print(f"Exported {', '.join(options.to)} to {options.output}" + ("" if report["verified"] else ", not verified"))
     return 0
 
@@ -223,6 +226,8 @@ def _split(model: str) -> tuple[str, str | None]:
     if os.path.isdir(model):
         return model, None
     name, _, revision = model.partition("@")
+    if revision and os.path.isdir(name):
+        raise ValueError(f"{name} is a folder, which has no revision {revision!r}: leave out @{revision}.")
     return name, revision or None
 
 

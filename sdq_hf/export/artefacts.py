@@ -7,6 +7,7 @@ verification.json      each export beside the integer reference
 model.qonnx.onnx, hls4ml/, verilog/, ...  the exports asked for
 """
 
+import json
 import os
 import shutil
 import tempfile
@@ -170,9 +171,9 @@ def export_model(
     """
     check_targets(targets)
     _check_images(images, labels, model.config.input_size)
-    folder = Path(folder)
-    if folder.exists() and not (folder / "manifest.json").exists() and any(folder.iterdir()):
-        raise ExportError(f"{folder} is not empty and holds no earlier export: choose another folder.")
+    # A name to put an end behind, also of "." and of a link.
+    folder = Path(folder).resolve()
+    _check_folder(folder)
     network = integer_network(model)
     beside, failed = (folder.with_name(folder.name + end) for end in (".new", ".failed"))
     remove(beside)
@@ -184,6 +185,20 @@ def export_model(
     except BaseException:
         remove(beside)
         raise
+
+
+def _check_folder(folder: Path) -> None:
+    """Whatever is there will be removed, so it must be an earlier export and nothing else."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    try:
+        files = json.loads((folder / "manifest.json").read_text())["files"]
+        own = {"manifest.json", *(name.split("/")[0] for name in files)}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise ExportError(f"{folder} is not empty and holds no earlier export: choose another folder.") from None
+    for path in sorted(folder.iterdir()):
+        if path.name not in own:
+            raise ExportError(f"{folder} holds {path.name!r} beside an earlier export: choose another folder.")
 
 
 def _check_images(images: Tensor, labels: Tensor | None, size: tuple[int, int, int]) -> None:

@@ -26,8 +26,8 @@ class Comparison:
 
     accuracy: top-1 in percent, where the labels are known.
     exact: whether equality is claimed, and so asked for; of others same_top1 says how often the first guess is the same, in
-    percent; logits that are not finite are never accepted. differ_from_control: of the first 64 images those whose logits are not those of the network with one weight
-    changed; none that differ would mean that nothing was compared.
+    percent. Logits that are not finite are never accepted. differ_from_control: of the first 64 images those whose logits are
+    not those of the network with one weight changed; none that differ would mean that nothing was compared.
     """
 
     what: str

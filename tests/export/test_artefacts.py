@@ -171,6 +171,28 @@ def test_a_folder_with_something_else_in_it_is_left_alone(tmp_path: Path):
     with pytest.raises(ExportError, match="is not empty and holds no earlier export"):
         export_model(model, tmp_path, [], images)
     assert (tmp_path / "mine.txt").read_text() == "keep me"
+    # Nor is one whose manifest is of something else, nor what was put beside an export.
+    (tmp_path / "manifest.json").write_text('{"name": "a web page"}')
+    with pytest.raises(ExportError, match="is not empty and holds no earlier export"):
+        export_model(model, tmp_path, [], images)
+    export_model(model, tmp_path / "out", [], images)
+    (tmp_path / "out" / "mine.txt").write_text("keep me")
+    with pytest.raises(ExportError, match=r"out holds 'mine\.txt' beside an earlier export"):
+        export_model(model, tmp_path / "out", [], images)
+    assert (tmp_path / "out" / "mine.txt").read_text() == (tmp_path / "mine.txt").read_text() == "keep me"
+
+
+def test_a_folder_may_be_a_link_or_the_present_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    model, images = profile_of()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "link").symlink_to("out")
+    monkeypatch.chdir(tmp_path / "out")
+    for folder in (".", tmp_path / "link", tmp_path / "out"):
+        export_model(model, folder, [], images)
+        assert (tmp_path / "out" / "manifest.json").exists()
+        monkeypatch.chdir(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "link"}
+    assert (tmp_path / "link").is_symlink()
 
 
 def test_the_command_knows_the_targets():
@@ -184,10 +206,16 @@ def test_the_command_exports_and_says_so(tmp_path: Path, capsys: pytest.CaptureF
     model.save_pretrained(tmp_path / "model", print_size=False)
     command = ["export", str(tmp_path / "model"), "--output", str(tmp_path / "out"), "--images", "2"]
     assert main([*command, "--to", "qonnx"]) == 0
-    assert "qonnx: 2 real images, equal" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "qonnx: 2 real images, equal" in out
+    assert "The data has 10 classes, the model 5: no accuracy" in out
+    assert ", accuracy" not in out
     assert (tmp_path / "out" / "model.qonnx.onnx").exists()
     assert main([*command, "--to", "qonx"]) == 2
     assert "Did you mean 'qonnx'?" in capsys.readouterr().err
+    command[1] += "@w2"
+    assert main([*command, "--to", "qonnx"]) == 2
+    assert "is a folder, which has no revision 'w2'" in capsys.readouterr().err
 
 
 def test_the_command_refuses_a_model_that_is_not_in_the_profile(tmp_path: Path, capsys: pytest.CaptureFixture):
