@@ -289,6 +289,14 @@ class SDQForImageClassification(PackedFilesMixin):
         """
         if self.config.scales == "power_of_two":
             raise ValueError("The model is in the hardware profile already: its scales are powers of two.")
+        for name, layer in self.strategy.items():
+            # One that is never called has no part in the outputs.
+            if FLOAT_BITS in (layer.weight_bits, layer.activation_bits) and layer.macs:
+                what = "weights are" if layer.weight_bits == FLOAT_BITS else "inputs are"
+                raise ValueError(
+                    f"Layer {name!r}: its {what} float, and integer hardware needs 1 to 8 bits for both. Give it bits in "
+                    "pins, activation_bits and first_last_bits, and start from the model before dequantize()."
+                )
         if weight_scale is None:
             weight_scale = "channel" if self.config.weight_quantizer == "lsq" else "layer"
         fields = self.config.to_dict()

@@ -166,9 +166,20 @@ def test_an_operation_without_an_integer_form_is_refused_by_name():
 
 
 def test_a_float_layer_is_refused_by_name():
-    model, images = model_of(pins={"layer2.0.conv1": 32})
+    for options, name, what in (
+        ({"pins": {"layer2.0.conv1": 32}}, r"layer2\.0\.conv1", "weights are float"),
+        ({"activation_bits": 32}, r"layer1\.0\.conv1", "inputs are float"),
+    ):
+        model, images = model_of(**options)
+        with pytest.raises(ValueError, match=f"Layer '{name}': its {what}, and integer hardware needs 1 to 8 bits"):
+            model.to_hardware_profile([images])
+    # One that has powers of two all the same.
+    model, _ = model_of(pins={"layer2.0.conv1": 32}, scales="power_of_two")
     with pytest.raises(ExportError, match=r"Layer 'layer2\.0\.conv1' is float"):
-        integer_network(model.to_hardware_profile([images]))
-    model, images = model_of(activation_bits=32)
+        integer_network(model)
+    model, _ = model_of(activation_bits=32, scales="power_of_two")
     with pytest.raises(ExportError, match=r"Layer 'layer1\.0\.conv1': its inputs are float"):
-        integer_network(model.to_hardware_profile([images]))
+        integer_network(model)
+    model, images = model_of()
+    with pytest.raises(ValueError, match=r"Layer 'conv1': its weights are float.*before dequantize"):
+        model.dequantize().to_hardware_profile([images])
