@@ -70,6 +70,8 @@ def run(options: HardwareArguments, data: DataArguments, training: OptimizerArgu
     datasets.disable_progress_bars()
     set_seed(options.seed)
     accelerator = Accelerator(cpu=options.cpu)
+    if Path(options.output_dir).resolve() == Path(options.model).resolve():
+        raise ValueError(f"--output_dir {options.output_dir} is the folder of the model itself: choose another one.")
     model = SDQForImageClassification.from_pretrained(options.model).eval().to(accelerator.device)
     loaders = load(model, options, data, accelerator)
     teacher: nn.Module = model

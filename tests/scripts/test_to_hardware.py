@@ -94,3 +94,11 @@ def test_a_wrong_option_is_one_line(main, images, model, tmp_path, capsys, optio
     assert main([*command, *options]) == 2
     assert message in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_the_model_itself_is_not_written_over(main, images, model, capsys):
+    before = (model / "config.json").read_bytes()
+    command = ["--model", str(model), "--dataset", str(images), "--cpu", "true", "--epochs", "0"]
+    assert main([*command, "--output_dir", str(model / ".." / model.name)]) == 2
+    assert "is the folder of the model itself: choose another one" in capsys.readouterr().err
+    assert (model / "config.json").read_bytes() == before
