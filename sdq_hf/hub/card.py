@@ -109,6 +109,7 @@ def create_card(
         file_bytes=weight_file_bytes(folder),
         bitops=bitops_text(strategy.bitops()),
         strategy=strategy,
+        hardware_profile=config.scales == "power_of_two",
         packed=bool(model.quantized_layers()),
         pictures=pictures,
         remote_code=(folder / REMOTE_CODE).exists(),

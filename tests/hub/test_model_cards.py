@@ -8,7 +8,10 @@ from huggingface_hub import ModelCard
 from torchvision.transforms.functional import normalize, to_tensor
 
 from sdq_hf import SDQForImageClassification
+from sdq_hf.hub.card import create_card
 from sdq_hf.training.data import load_image_data
+
+from ..test_hardware_profile import model_of
 
 FOLDERS = sorted(path.parent for path in (Path(__file__).parents[2] / "model_cards").glob("*/*/config.json"))
 
@@ -38,3 +41,10 @@ def test_a_card_has_the_numbers_of_its_model(folder):
 
 def test_there_are_cards():
     assert len(FOLDERS) >= 2
+
+
+def test_a_card_says_that_its_model_is_in_the_hardware_profile(tmp_path: Path):
+    model, images = model_of()
+    for name, one, says in (("float", model, False), ("powers", model.to_hardware_profile([images]), True)):
+        one.save_pretrained(tmp_path / name, print_size=False)
+        assert ("It is in the hardware profile" in str(create_card(one, tmp_path / name))) == says
