@@ -1,4 +1,4 @@
-"""QONNX: ONNX with nodes that round to any number of bits, read by FINN, hls4ml and qonnx's own executor."""
+"""QONNX: ONNX with nodes that round to any number of bits, as qonnx executes it."""
 
 import logging
 from importlib.metadata import version
