@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from sdq_hf import SDQForImageClassification
 from sdq_hf.backbones import create_backbone
+from sdq_hf.export.lower import integer_network
 from sdq_hf.training.arguments import ArgumentError, DataArguments, parse_groups
 from sdq_hf.training.data import load_image_data
 from sdq_hf.training.evaluation import evaluate, logits_of
@@ -81,6 +82,8 @@ def run(options: HardwareArguments, data: DataArguments, training: OptimizerArgu
         teacher = teacher.eval().to(accelerator.device)
     rows = {"before": metrics_of(model, loaders, accelerator, teacher)}
     profile = model.to_hardware_profile(loaders["calibration"], weight_scale=options.weight_scale)
+    # What has no integer form is better known before the training than after it.
+    integer_network(profile)
     rows["profile"] = metrics_of(profile, loaders, accelerator, teacher)
     if training.epochs:
         checkpoints = Path(options.output_dir) / "training"

@@ -63,7 +63,9 @@ def fold_batch_norm(network: nn.Module, input_size: tuple[int, int, int]) -> nn.
             )
         _fold(layer, modules[name])
         # timm's own one has the activation inside.
-        _replace(network, name, getattr(modules[name], "act", nn.Identity()))
+        norm: Any = modules[name]
+        drop, act = getattr(norm, "drop", nn.Identity()), getattr(norm, "act", nn.Identity())
+        _replace(network, name, act if isinstance(drop, nn.Identity) else nn.Sequential(drop, act))
     for node in graph.nodes:
         pool = modules.get(str(node.target)) if node.op == "call_module" else None
         if isinstance(pool, SelectAdaptivePool2d) and pool.pool_type in ("avg", "fast", "fastavg"):

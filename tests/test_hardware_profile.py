@@ -1,9 +1,11 @@
 """The hardware profile of a model: no batch norm, scales of powers of two, integer biases."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from timm.layers import BatchNormAct2d
 from torch import nn
 
 from sdq_hf import SDQConfig, SDQForImageClassification
@@ -80,6 +82,16 @@ def test_an_average_that_is_the_output_must_be_a_shift():
         ValueError, match="'global_pool' over 6 x 6 pixels cannot be a shift: 'output' stands behind it"
     ):
         fold_batch_norm(create_backbone("resnet8_cifar", num_classes=0), (3, 24, 24))
+
+
+def test_what_timm_has_inside_a_batch_norm_stays():
+    network = create_backbone("resnet8_cifar", num_classes=5)
+    network.bn1 = trained_looks(BatchNormAct2d(16, drop_layer=partial(nn.Dropout2d, 0.5))).eval()
+    network, images = network.eval(), torch.randn(2, 3, 16, 16)
+    before = network(images)
+    after = fold_batch_norm(network, (3, 16, 16))(images)
+    torch.testing.assert_close(after, before)
+    assert [type(module) for module in network.bn1] == [nn.Dropout2d, nn.ReLU]
 
 
 def test_an_image_of_another_size_than_that_of_the_average_is_refused():

@@ -105,6 +105,16 @@ def test_an_export_that_is_not_the_integers_leaves_nothing(tmp_path: Path, monke
     assert report["failed"] == ["wrong"]
 
 
+def test_an_approximation_that_guesses_something_else_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    model, images = profile_of()
+    network = integer_network(model)
+    for name, run in (("near", lambda x: network.logits(x) + 1e-4), ("far", lambda x: network.logits(x).flip(1))):
+        monkeypatch.setitem(artefacts.TARGETS, name, lambda *_, run=run: Written(lambda x: run(x).numpy(), exact=False))
+    export_model(model, tmp_path / "near", ["near"], images)
+    with pytest.raises(VerificationError, match="far"):
+        export_model(model, tmp_path / "far", ["far"], images)
+
+
 def test_an_export_that_compares_nothing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """One that would call the control equal too."""
     model, images = profile_of()

@@ -10,8 +10,7 @@ from torchvision.transforms.functional import normalize, to_tensor
 from sdq_hf import SDQForImageClassification
 from sdq_hf.hub.card import create_card
 from sdq_hf.training.data import load_image_data
-
-from ..test_hardware_profile import model_of
+from tests.test_hardware_profile import model_of
 
 FOLDERS = sorted(path.parent for path in (Path(__file__).parents[2] / "model_cards").glob("*/*/config.json"))
 

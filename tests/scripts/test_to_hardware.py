@@ -80,6 +80,18 @@ def test_it_leaves_a_model_in_the_profile_and_its_metrics(main, images: Path, mo
     assert {path.name for path in out.iterdir()} == {"config.json", "hardware.json", "model.safetensors"}
 
 
+def test_a_network_without_an_integer_form_is_refused_before_it_is_trained(main, images, tmp_path, capsys):
+    network = create_backbone("resnet8_cifar", num_classes=CLASSES, in_chans=1, act_layer="silu")
+    arguments = {"in_chans": 1, "act_layer": "silu"}
+    model = SDQForImageClassification.from_float(network, "resnet8_cifar", img_size=SIZE, model_args=arguments).eval()
+    model.calibrate([torch.randn(8, 1, SIZE, SIZE)])
+    model.save_pretrained(tmp_path / "silu", print_size=False)
+    command = ["--model", str(tmp_path / "silu"), "--output_dir", str(tmp_path / "out"), "--dataset", str(images)]
+    assert main([*command, "--cpu", "true"]) == 2
+    assert "'act1' is a SiLU" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
