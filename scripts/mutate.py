@@ -52,6 +52,8 @@ MODULES: dict[str, list[str]] = {
     "quantizers/bins": ["tests/quantizers/test_weight.py"],
     "quantizers/activation": ["tests/quantizers/test_activation.py"],
     "quantizers/stochastic": ["tests/quantizers/test_stochastic.py"],
+    "quantizers/power_of_two": ["tests/quantizers/test_power_of_two.py"],
+    "export/graph": ["tests/export/test_graph.py", "tests/export/test_lower.py", "-k", "resnet8 or not agree_exactly"],
     "search/descent": [
         "tests/search/test_descent.py",
         "tests/test_costs.py",
