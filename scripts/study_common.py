@@ -45,6 +45,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--search_batch_size", type=int, default=64)
     parser.add_argument("--max_search_batches", type=int, default=20_000)
     parser.add_argument("--max_train_samples", type=int)
+    parser.add_argument("--max_eval_samples", type=int, help="validation and test images each")
     parser.add_argument("--mixed_precision", choices=["no", "bf16"], help="of all training and evaluation")
     parser.add_argument("--runs", type=Path, default=Path("runs/study"), help="folder of networks and searches")
     parser.add_argument("--shard", default="0/1", metavar="I/N", help="which of N processes this is")
@@ -141,6 +142,7 @@ def _arguments(options: argparse.Namespace, seed: int, folder: Path, more: Mappi
         "img_size": options.img_size,
         "batch_size": options.batch_size,
         "max_train_samples": options.max_train_samples,
+        "max_eval_samples": options.max_eval_samples,
         "mixed_precision": options.mixed_precision,
         "seed": seed,
         "cpu": str(not torch.cuda.is_available()),

@@ -28,7 +28,10 @@ import study_signal  # noqa: E402
 import study_stability  # noqa: E402
 import study_transfer  # noqa: E402
 
-TINY = "--model resnet8_cifar --img_size 12 --max_train_samples 120 --teacher_epochs 1 --epochs 1 --seeds 0"
+TINY = (
+    "--model resnet8_cifar --img_size 12 --max_train_samples 120 --max_eval_samples 300 --teacher_epochs 1 --epochs 1 "
+    "--seeds 0"
+)
 
 
 @pytest.fixture(scope="module")
