@@ -9,9 +9,9 @@ in output_dir, ready for `sdq-hf export`, with hardware.json: validation and tes
 without training, and trained. The epoch is chosen on the validation split; the test split is only reported.
 """
 
-import json
 import logging
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -102,7 +102,7 @@ def run(options: HardwareArguments, data: DataArguments, training: OptimizerArgu
         remove(checkpoints)
     profile.eval().save_pretrained(options.output_dir)
     write_json(Path(options.output_dir) / "hardware.json", {"model": Path(options.model).name, "rows": rows})
-    print(json.dumps(rows, indent=1))
+    print(table(rows))
 
 
 # Options of run_sdq.py that have no place here: the model has its own size, and learns from outputs of whole images.
@@ -147,6 +147,15 @@ def metrics_of(
     return {
         split: evaluate(model, loaders[split], accelerator, reference=reference) for split in ("validation", "test")
     }
+
+
+def table(rows: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+    """A line for each state of the model, KL in nats from the teacher."""
+    lines = [f"{'':8}  {'validation top-1':>16}  {'KL':>6}  {'test top-1':>10}  {'KL':>6}"]
+    for name, splits in rows.items():
+        seen, unseen = splits["validation"], splits["test"]
+        lines.append(f"{name:8}  {seen['top1']:16.2f}  {seen['kl']:6.4f}  {unseen['top1']:10.2f}  {unseen['kl']:6.4f}")
+    return "\n".join(lines)
 
 
 def distil_from(teacher: nn.Module) -> Any:
