@@ -50,7 +50,7 @@ MODULES: dict[str, list[str]] = {
     "quantizers/grids": ["tests/quantizers/test_weight.py", "tests/test_properties.py"],
     "quantizers/weight": ["tests/quantizers/test_weight.py", "tests/test_properties.py"],
     "quantizers/bins": ["tests/quantizers/test_weight.py"],
-    "quantizers/activation": ["tests/quantizers/test_activation.py"],
+    "quantizers/activation": ["tests/quantizers/test_activation.py", "tests/quantizers/test_power_of_two.py"],
     "quantizers/stochastic": ["tests/quantizers/test_stochastic.py"],
     "quantizers/power_of_two": ["tests/quantizers/test_power_of_two.py"],
     "export/graph": ["tests/export/test_graph.py", "tests/export/test_lower.py", "-k", "resnet8 or not agree_exactly"],

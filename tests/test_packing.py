@@ -32,3 +32,9 @@ def test_codes_that_do_not_fit_are_refused():
         pack(torch.tensor([3, -1]), 2)
     with pytest.raises(ValueError, match="take 2 bytes"):
         unpack(torch.zeros(3, dtype=torch.uint8), 4, 4)
+
+
+@pytest.mark.parametrize("bits", [0, 9])
+def test_bits_that_no_code_has_are_refused(bits: int):
+    with pytest.raises(ValueError, match=f"at 1 to 8 bits, got {bits}"):
+        pack(torch.zeros(4, dtype=torch.uint8), bits)

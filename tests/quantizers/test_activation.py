@@ -174,3 +174,32 @@ def test_gradients_of_the_path_for_compilers_and_gpus_are_those_of_the_fused_one
     assert torch.equal(found[0][0], found[1][0])
     assert 0 < (found[0][0] == 0).sum() < 400
     torch.testing.assert_close(found[0][1], found[1][1])
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_integers_are_what_the_values_are_made_of(signed: bool):
+    torch.manual_seed(0)
+    quantizer, x = ActivationQuantizer(3), 2 * torch.randn(500)
+    quantizer.step.data.fill_(0.37)
+    quantizer.signed.fill_(int(signed))
+    low, high = (-4, 3) if signed else (0, 7)
+    expected = [min(max(round(value / 0.37), low), high) for value in x.tolist()]
+    assert quantizer.integers(x).tolist() == expected
+    torch.testing.assert_close(quantizer(x), torch.tensor(expected) * 0.37)
+    assert quantizer(x.double()).dtype == torch.float64
+
+
+def test_a_step_or_an_input_alone_takes_its_gradient():
+    for learns in ("step", "input"):
+        quantizer, x = ActivationQuantizer(4), torch.randn(50).relu()
+        quantizer.fit(x)
+        quantizer.step.requires_grad_(learns == "step")
+        x.requires_grad_(learns == "input")
+        quantizer(x).square().sum().backward()
+        assert (quantizer.step.grad is not None) == (learns == "step")
+        assert (x.grad is not None) == (learns == "input")
+
+
+def test_what_a_quantizer_says_of_itself():
+    assert ActivationQuantizer(4).extra_repr() == "bits=4, range=not fitted yet"
+    assert ActivationQuantizer(4, power_of_two=True).extra_repr() == "bits=4, range=not fitted yet, power of two"
