@@ -25,7 +25,7 @@ from sdq_hf.export.graph import IntegerNetwork
 from sdq_hf.export.hls import Emulation, export_hls
 from sdq_hf.export.lower import integer_network
 from sdq_hf.export.manifest import integers, versions
-from sdq_hf.export.verify import cases, compare
+from sdq_hf.export.verify import cases, compare, with_one_weight_changed
 from sdq_hf.training.data import load_image_data
 from sdq_hf.training.loaders import build_loaders
 from sdq_hf.writing import write_json
@@ -92,7 +92,8 @@ def measure(network: IntegerNetwork, images: Tensor, options: argparse.Namespace
     with tempfile.TemporaryDirectory() as folder:
         export_hls(network, Path(folder) / "project", options.reuse_factor)
         emulation = Emulation(Path(folder) / "project", network, options.timeout)
-    sets = cases(network, images)
+    control, _ = with_one_weight_changed(network, images)
+    sets = cases(network, control, images)
     start = time.process_time()
     found = {case.name: compare("hls4ml", emulation, case) for case in sets}
     seconds = time.process_time() - start

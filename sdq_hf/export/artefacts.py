@@ -262,7 +262,8 @@ def _verification(
 ) -> dict[str, Any]:
     say(f"integers: {len(images)} images")
     found: list[Comparison] = []
-    sets = cases(network, images, labels)
+    control, layer = with_one_weight_changed(network, images)
+    sets = cases(network, control, images, labels)
     # Where the integers may be longer than what float32 holds, the model as it is used is not claimed to be equal.
     own = {
         "model in float64": Written(simulation(model, torch.float64)),
@@ -278,7 +279,6 @@ def _verification(
             )
             accuracy = "" if result.accuracy is None else f", accuracy {result.accuracy:.2f} %"
             say(f"{name}: {result.count} {case.name} images, {verdict}{accuracy}")
-    _, layer = with_one_weight_changed(network, images)
     return {
         "verified": True,
         "reference": "int64 arithmetic (sdq_hf.export.graph)",

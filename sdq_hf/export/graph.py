@@ -5,8 +5,10 @@ exponent for the tensor. There are whole numbers only: sums, products, shifts, c
 `Quantize`, half to even, as in the model itself.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -248,7 +250,7 @@ class IntegerNetwork:
     def __getitem__(self, name: str) -> Node:
         return self._by_name[name]
 
-    @property
+    @cached_property
     def _by_name(self) -> Mapping[str, Node]:
         return {node.name: node for node in self.nodes}
 
@@ -256,7 +258,7 @@ class IntegerNetwork:
     def output(self) -> Node:
         return self.nodes[-1]
 
-    @property
+    @cached_property
     def layers(self) -> dict[str, Layer]:
         return {node.name: node for node in self.nodes if isinstance(node, Layer)}
 
@@ -267,7 +269,7 @@ class IntegerNetwork:
         keep: those of every node. int64 on the device of the images.
         """
         values: dict[str, Tensor] = {IMAGE: pixel_values}
-        left = {name: sum(node.inputs.count(name) for node in self.nodes) for name in (IMAGE, *self._by_name)}
+        left = Counter(name for node in self.nodes for name in node.inputs)
         for node in self.nodes:
             values[node.name] = node.run(*(values[name] for name in node.inputs))
             for name in node.inputs:

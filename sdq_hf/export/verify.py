@@ -66,12 +66,14 @@ class Case:
         return Case(self.name, self.images[:count], self.reference[:count], self.control[:count], labels)
 
 
-def cases(network: IntegerNetwork, images: Tensor, labels: Tensor | None = None) -> list[Case]:
-    """The real images, with their labels (int64 [B]), and those made to break an export."""
-    changed, _ = with_one_weight_changed(network, images)
+def cases(network: IntegerNetwork, control: IntegerNetwork, images: Tensor, labels: Tensor | None = None) -> list[Case]:
+    """The real images, with their labels (int64 [B]), and those made to break an export.
+
+    control: what `with_one_weight_changed` makes of `network`.
+    """
     sets = {REAL: images, MADE: made_images(network)}
     return [
-        Case(name, batch, network.logits(batch), changed.logits(batch[:CONTROLLED]), labels if name == REAL else None)
+        Case(name, batch, network.logits(batch), control.logits(batch[:CONTROLLED]), labels if name == REAL else None)
         for name, batch in sets.items()
     ]
 
