@@ -19,7 +19,6 @@ from .backbones import create_backbone, hub_id, pretrained_labels, set_grad_chec
 from .checkpoint import DIGEST
 from .configuration_sdq import SDQConfig
 from .configured import configured_backbone, configured_state, fitting_strategy, initial_strategy, timm_backbone
-from .folding import fold
 from .hf_quantizer import SDQHfQuantizer, SDQQuantizationConfig
 from .layers import (
     QuantizedLayer,
@@ -304,11 +303,8 @@ class SDQForImageClassification(PackedFilesMixin):
         for field in ("quantization_config", "auto_map", "architectures"):
             fields.pop(field, None)
         config = SDQConfig.from_dict({**fields, "scales": "power_of_two", "weight_scale": weight_scale})
-        source = fold(timm_backbone(self.config))
-        own = self.timm_model.state_dict()
-        source.load_state_dict({key: own[key] for key in source.state_dict()})
         profile = type(self)(config).to(self.device)
-        profile._take_weights(configured_state(config, source))
+        profile._take_weights(configured_state(config, self.float_twin()))
         profile.calibrate(batches, num_batches)
         return profile.train(self.training)
 

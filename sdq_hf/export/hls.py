@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from ..quantizers.activation import activation_range
+from ..quantizers.weight import to_channels
 from ..writing import remove, writing
 from .graph import (
     FLOAT64_EXACT,
@@ -277,7 +279,7 @@ class _Writer:
     # Nodes -------------------------------------------------------------------------------------------------------
 
     def _quantize(self, node: Quantize) -> None:
-        full = (-(2 ** (node.bits - 1)), 2 ** (node.bits - 1) - 1) if node.signed else (0, 2**node.bits - 1)
+        full = activation_range(node.bits, node.signed)
         if (node.low, node.high) != full:
             raise ExportError(f"{node.name!r} saturates at {node.low} and {node.high}; hls4ml's types do at {full}.")
         if node.source_exponent is None:
@@ -288,7 +290,7 @@ class _Writer:
 
     def _layer(self, node: Layer) -> None:
         # All channels stand on the finest grid among them: hls4ml has one type for all weights of a layer.
-        weight, unit = node.weight * (2**node.shifts).view(-1, *[1] * (node.weight.dim() - 1)), min(node.exponents)
+        weight, unit = node.weight * to_channels(2**node.shifts, node.weight), min(node.exponents)
         # Products and sums on the way stay in the range of the node, whose ends are sums of all that can be negative, and
         # of all that can be positive.
         types = {

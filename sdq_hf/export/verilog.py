@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from ..quantizers.activation import activation_range
 from ..quantizers.grids import extremes, spacing
 from ..writing import write_json, write_text
+from .graph import signed_bits
 
 RTL = Path(__file__).with_name("rtl")
 SIMULATORS = ("iverilog", "verilator")
@@ -165,7 +166,7 @@ def accumulator_bits(weights: Integers, bias: Integers | None, smallest: int, la
     most = np.maximum(w * largest, w * smallest).sum(1) + bias
     least = np.minimum(w * largest, w * smallest).sum(1) + bias
     top = int(most.max()) + (1 << shift >> 1)
-    return max(top.bit_length(), (-1 - int(least.min())).bit_length() if least.min() < 0 else 0) + 1
+    return signed_bits(int(least.min()), top)
 
 
 def _head(layer: Mapping[str, Any], chunks: int, groups: int) -> str:

@@ -112,12 +112,6 @@ def scale_gradient(scale: Tensor, factor: float) -> Tensor:
     return _ScaleGradient.apply(scale, factor)
 
 
-def power_of_two_scale(scale: Tensor, grid: str, bits: int) -> Tensor:
-    """The scale nearest to `scale` (any shape) whose unit, `scale / half_range`, is a power of two; straight-through."""
-    half = half_range(grid, bits)
-    return nearest_power_of_two(scale / half) * half
-
-
 @torch.no_grad()
 def best_scale(
     w: Tensor, form: str, grid: str, bits: int, per_channel: bool = False, power_of_two: bool = False
@@ -145,7 +139,7 @@ def _best_power_of_two(w: Tensor, form: str, grid: str, bits: int, per_channel: 
     best, least = units * half, torch.full_like(units, math.inf)
     for k in factors:
         scale = (units * 2.0**k).clamp_min(least_unit) * half
-        values = _to_channels(scale, w) if per_channel else scale
+        values = to_channels(scale, w) if per_channel else scale
         errors = (dequantize(quantize_to_integers(w, form, grid, bits, values), grid, bits, values) - w).square()
         error = errors.flatten(1).sum(1) if per_channel else errors.sum()
         best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
@@ -159,9 +153,9 @@ def _best_scale(w: Tensor, form: str, grid: str, bits: int, per_channel: bool) -
         return ((w * values).sum() / values.square().sum().clamp_min(1e-30)).clamp_min(1e-8)
 
     def total(values: Tensor) -> Tensor:
-        return _to_channels(values.flatten(1).sum(1), w) if per_channel else values.sum()
+        return to_channels(values.flatten(1).sum(1), w) if per_channel else values.sum()
 
-    top = (_to_channels(w.abs().flatten(1).amax(1), w) if per_channel else w.abs().max()).clamp_min(1e-8)
+    top = (to_channels(w.abs().flatten(1).amax(1), w) if per_channel else w.abs().max()).clamp_min(1e-8)
     # The best clip falls with the bitwidth: geometric steps from max|w| down to 4 % of it, finer near the top, where
     # those of 7 and 8 bits are. Each is then improved by the closed form for its own integers.
     best, least = top, torch.full_like(top, math.inf)
@@ -190,8 +184,8 @@ def channel_parts(
 ) -> list[tuple[Tensor, int, Tensor, Sequence[int] | None]]:
     """(weights, their bits, their scale, numbers of the channels) of each bitwidth; all of `w` where it has only one."""
     if isinstance(bits, int):
-        return [(w, bits, _to_channels(scale, w) if scale.dim() else scale, None)]
-    return [(w[rows], width, _to_channels(scale[rows], w), rows) for width, rows in channels_by_bits(bits)]
+        return [(w, bits, to_channels(scale, w) if scale.dim() else scale, None)]
+    return [(w[rows], width, to_channels(scale[rows], w), rows) for width, rows in channels_by_bits(bits)]
 
 
 def by_channel(
@@ -212,7 +206,7 @@ def by_channel(
     return torch.cat([function(part, width, scales) for part, width, scales, _ in parts])[places]
 
 
-def _to_channels(values: Tensor, w: Tensor) -> Tensor:
+def to_channels(values: Tensor, w: Tensor) -> Tensor:
     """`values` [C] in a shape that multiplies the output channels of weights like `w`."""
     return values.view(-1, *[1] * (w.dim() - 1))
 
@@ -253,20 +247,18 @@ class WeightQuantizer(KeepsPositive, nn.Module):
         if not self.power_of_two:
             return self.scale
         # In float64 weights near a tie would be divided otherwise, and rounded to other integers.
-        scale = self.scale.float()
-        if isinstance(self.bits, int):
-            return power_of_two_scale(scale, self.grid, self.bits)
-        return nearest_power_of_two(scale / self._halves()) * self._halves()
+        return nearest_power_of_two(self.scale.float() / self._half_range) * self._half_range
 
     @property
     def unit(self) -> Tensor:
         """What an integer of 1 stands for (shape of `scale`), differentiable in `scale`."""
-        if isinstance(self.bits, int):
-            return self.effective_scale / half_range(self.grid, self.bits)
-        return self.effective_scale / self._halves()
+        return self.effective_scale / self._half_range
 
-    def _halves(self) -> Tensor:
-        assert not isinstance(self.bits, int)
+    @property
+    def _half_range(self) -> int | Tensor:
+        """`half_range` at the bits of the layer, or float32 [C] at those of each channel."""
+        if isinstance(self.bits, int):
+            return half_range(self.grid, self.bits)
         halves = [half_range(self.grid, bits) for bits in self.bits]
         return torch.tensor(halves, dtype=torch.float32, device=self.scale.device)
 
