@@ -46,6 +46,7 @@ class Written:
 
 
 def _qonnx(network: IntegerNetwork, folder: Path, calibration: Tensor) -> Written:
+    needed("onnx", "fpga")
     from .qonnx import export_qonnx, run_qonnx
 
     path = folder / "model.qonnx.onnx"

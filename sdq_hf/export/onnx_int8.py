@@ -124,7 +124,7 @@ class _Graph(GraphWriter):
         output = self.network.output
         if output.name in self._codes:
             self._dequantized(self._codes[output.name], output.name)
-        return self.finished(output.shape, _OPSET, _IR_VERSION, {})
+        return self.finished(output.shape, {"": _OPSET}, _IR_VERSION, {})
 
     # Grids -------------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ A standard file, without operators of its own. Each tensor stands for what the i
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ..packing import pack
 from ..quantizers.grids import extremes, spacing
+from ..quantizers.weight import to_channels
 from ..writing import write_beside
 from .graph import IMAGE, Add, Clip, Concat, Flatten, IntegerNetwork, Layer, MaxPool, Node, Quantize, SumPool
 from .lower import ExportError
@@ -100,19 +101,26 @@ class GraphWriter:
         self.initializers.append(helper.make_tensor(name, data_type, values.shape, packed.numpy().tobytes(), raw=True))
         return name
 
-    def finished(self, shape: Sequence[int], opset: int, ir_version: int, facts: dict[str, str]) -> onnx.ModelProto:
-        """The model, with `facts` as its metadata."""
+    def finished(
+        self,
+        shape: Sequence[int],
+        opsets: Mapping[str, int],
+        ir_version: int,
+        facts: Mapping[str, str],
+        batch: int | str = "batch",
+    ) -> onnx.ModelProto:
+        """The model, with `facts` as its metadata. opsets: of each domain of operators. batch: images, or a name for any."""
         network = self.network
         graph = helper.make_graph(
             self.nodes,
             network.architecture,
-            [helper.make_tensor_value_info(INPUT, TensorProto.FLOAT, ["batch", *network.input_size])],
-            [helper.make_tensor_value_info(OUTPUT, TensorProto.FLOAT, ["batch", *shape])],
+            [helper.make_tensor_value_info(INPUT, TensorProto.FLOAT, [batch, *network.input_size])],
+            [helper.make_tensor_value_info(OUTPUT, TensorProto.FLOAT, [batch, *shape])],
             self.initializers,
         )
         model = helper.make_model(
             graph,
-            opset_imports=[helper.make_opsetid("", opset)],
+            opset_imports=[helper.make_opsetid(domain, opset) for domain, opset in opsets.items()],
             ir_version=ir_version,
             producer_name="sdq_hf",
             producer_version=version("sdq-hf"),
@@ -167,14 +175,19 @@ def no_operator(node: Node) -> ExportError:
     return ExportError(f"{node.name!r} is a {node.op}, which this export does not know.")
 
 
-class _Graph(GraphWriter):
+class FloatGraph(GraphWriter):
+    """A graph that computes in float32 between layers: the nodes of a network as ONNX's own operators.
+
+    How inputs of layers are rounded, weights are stored and sums of pixels are computed is left to its subclasses.
+    """
+
     def __init__(self, network: IntegerNetwork):
         super().__init__(network)
         # Name of a node -> name of the tensor that holds its output.
         self._of = {IMAGE: INPUT}
-        self._has_two_bits = False
 
-    def model(self) -> onnx.ModelProto:
+    def emit(self) -> None:
+        """Add all nodes of the network. Raises `ExportError` for one that has no form here."""
         emitters: dict[type[Node], Callable[[Any], str]] = {
             Quantize: self._quantize,
             Layer: self._layer,
@@ -191,27 +204,19 @@ class _Graph(GraphWriter):
             if node.exponent not in _EXPONENTS:
                 raise ExportError(f"{node.name!r} has units of 2^{node.exponent}, which float32 does not reach.")
             self._of[node.name] = emitters[type(node)](node)
-        opset, ir_version = _OPSET_IR[2 if self._has_two_bits else 4]
-        inexact = json.dumps(self.network.inexact_in_float32())
-        return self.finished(self.network.output.shape, opset, ir_version, {"inexact_in_float32": inexact})
+
+    def _quantize(self, node: Quantize) -> str:
+        raise NotImplementedError
+
+    def _weight(self, node: Layer) -> str:
+        """The real weights of a layer."""
+        raise NotImplementedError
+
+    def _sum_pool(self, node: SumPool) -> str:
+        raise NotImplementedError
 
     def _inputs(self, node: Node) -> list[str]:
         return [self._of[name] for name in node.inputs]
-
-    def _quantize(self, node: Quantize) -> str:
-        (source,) = self._inputs(node)
-        bits, unit = type_bits(node.bits), 2.0**node.exponent
-        self._has_two_bits |= bits == 2
-        if node.bits != bits:
-            # Both ends are levels, so to clip before rounding is to clip behind it.
-            ends = [
-                self.constant(f"{node.name}.{end}", value * unit)
-                for end, value in (("low", node.low), ("high", node.high))
-            ]
-            source = self.add("Clip", [source, *ends], f"{node.name}.clip")
-        scale = self.constant(f"{node.name}.scale", unit)
-        codes = self.add("QuantizeLinear", [source, scale], f"{node.name}.codes", output_dtype=TYPES[bits, node.signed])
-        return self.add("DequantizeLinear", [codes, scale], node.name)
 
     def _layer(self, node: Layer) -> str:
         check_layer(self.network, node)
@@ -222,32 +227,6 @@ class _Graph(GraphWriter):
         if node.is_linear:
             return self.add("Gemm", inputs, node.name, transB=1)
         return self.add("Conv", inputs, node.name, **conv_attributes(node))
-
-    def _weight(self, node: Layer) -> str:
-        """Real weights, made of the integers that are stored."""
-        name, widths = f"{node.name}.weight", weight_bits(node)
-        bits = type_bits(max(widths))
-        self._has_two_bits |= bits == 2
-        low, high = extremes(node.grid, max(widths))
-        units = 2.0 ** torch.tensor(node.exponents).double()
-        if bits > 2 and -(2 ** (bits - 1)) <= low and high < 2 ** (bits - 1):
-            stored = self.integers(f"{name}.integers", node.weight, bits, signed=True)
-            return self._dequantized(name, stored, units)
-        lows = torch.tensor([extremes(node.grid, width)[0] for width in widths])
-        each = _to_channels(torch.tensor([spacing(node.grid, width) for width in widths]), node.weight)
-        codes = (node.weight - _to_channels(lows, node.weight)) // each
-        stored = self.integers(f"{name}.codes", codes, bits, signed=False)
-        real = self._dequantized(f"{name}.from_zero", stored, units * each.flatten())
-        return self.add("Sub", [real, self.constant(f"{name}.offset", self._channels(-lows * units, node))], name)
-
-    def _channels(self, values: Tensor, node: Layer) -> np.ndarray:
-        """`values` [O] as a number where they are equal, else in a shape that broadcasts over the weights."""
-        return (values[0] if (values == values[0]).all() else _to_channels(values, node.weight)).numpy()
-
-    def _dequantized(self, name: str, stored: str, scales: Tensor) -> str:
-        one = bool((scales == scales[0]).all())
-        scale = self.constant(f"{name}.scale", (scales[0] if one else scales).numpy())
-        return self.add("DequantizeLinear", [stored, scale], name, **({} if one else {"axis": 0}))
 
     def _clip(self, node: Clip) -> str:
         low, high = node.bounds
@@ -269,6 +248,59 @@ class _Graph(GraphWriter):
             pads=onnx_pads(node.padding),
         )
 
+
+class _Graph(FloatGraph):
+    def __init__(self, network: IntegerNetwork):
+        super().__init__(network)
+        self._has_two_bits = False
+
+    def model(self) -> onnx.ModelProto:
+        self.emit()
+        opset, ir_version = _OPSET_IR[2 if self._has_two_bits else 4]
+        inexact = json.dumps(self.network.inexact_in_float32())
+        return self.finished(self.network.output.shape, {"": opset}, ir_version, {"inexact_in_float32": inexact})
+
+    def _quantize(self, node: Quantize) -> str:
+        (source,) = self._inputs(node)
+        bits, unit = type_bits(node.bits), 2.0**node.exponent
+        self._has_two_bits |= bits == 2
+        if node.bits != bits:
+            # Both ends are levels, so to clip before rounding is to clip behind it.
+            ends = [
+                self.constant(f"{node.name}.{end}", value * unit)
+                for end, value in (("low", node.low), ("high", node.high))
+            ]
+            source = self.add("Clip", [source, *ends], f"{node.name}.clip")
+        scale = self.constant(f"{node.name}.scale", unit)
+        codes = self.add("QuantizeLinear", [source, scale], f"{node.name}.codes", output_dtype=TYPES[bits, node.signed])
+        return self.add("DequantizeLinear", [codes, scale], node.name)
+
+    def _weight(self, node: Layer) -> str:
+        """Real weights, made of the integers that are stored."""
+        name, widths = f"{node.name}.weight", weight_bits(node)
+        bits = type_bits(max(widths))
+        self._has_two_bits |= bits == 2
+        low, high = extremes(node.grid, max(widths))
+        units = 2.0 ** torch.tensor(node.exponents).double()
+        if bits > 2 and -(2 ** (bits - 1)) <= low and high < 2 ** (bits - 1):
+            stored = self.integers(f"{name}.integers", node.weight, bits, signed=True)
+            return self._dequantized(name, stored, units)
+        lows = torch.tensor([extremes(node.grid, width)[0] for width in widths])
+        each = to_channels(torch.tensor([spacing(node.grid, width) for width in widths]), node.weight)
+        codes = (node.weight - to_channels(lows, node.weight)) // each
+        stored = self.integers(f"{name}.codes", codes, bits, signed=False)
+        real = self._dequantized(f"{name}.from_zero", stored, units * each.flatten())
+        return self.add("Sub", [real, self.constant(f"{name}.offset", self._channels(-lows * units, node))], name)
+
+    def _channels(self, values: Tensor, node: Layer) -> np.ndarray:
+        """`values` [O] as a number where they are equal, else in a shape that broadcasts over the weights."""
+        return (values[0] if (values == values[0]).all() else to_channels(values, node.weight)).numpy()
+
+    def _dequantized(self, name: str, stored: str, scales: Tensor) -> str:
+        one = bool((scales == scales[0]).all())
+        scale = self.constant(f"{name}.scale", (scales[0] if one else scales).numpy())
+        return self.add("DequantizeLinear", [stored, scale], name, **({} if one else {"axis": 0}))
+
     def _sum_pool(self, node: SumPool) -> str:
         """Sums as an average where that is a shift; else, over whole images, a sum times a power of two."""
         source = self.network[node.inputs[0]]
@@ -289,8 +321,3 @@ class _Graph(GraphWriter):
         axes = self.constant(f"{node.name}.axes", [2, 3], np.int64)
         total = self.add("ReduceSum", [*self._inputs(node), axes], f"{node.name}.sum", keepdims=1)
         return self.add("Mul", [total, self.constant(f"{node.name}.factor", 1 / divisor)], node.name)
-
-
-def _to_channels(values: Tensor, weight: Tensor) -> Tensor:
-    """`values` [O] in a shape that broadcasts over the output channels of `weight`."""
-    return values.view(-1, *[1] * (weight.dim() - 1))
