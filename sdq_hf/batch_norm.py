@@ -15,6 +15,8 @@ from timm.layers import SelectAdaptivePool2d
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
+from .layers import run_on_zeros
+
 # Between a pooling and the layer that takes up its factor there may stand what a positive factor goes through unchanged.
 _TRANSPARENT = (nn.Identity, nn.Dropout, nn.Flatten, nn.ReLU)
 _TRANSPARENT_CALLS = ("flatten", "dropout", "relu", "view", "reshape")
@@ -149,10 +151,5 @@ def _behind(node: fx.Node, modules: Mapping[str, nn.Module]) -> Iterator[str]:
 def _input_shape(network: nn.Module, name: str, input_size: tuple[int, int, int]) -> torch.Size:
     shapes: list[torch.Size] = []
     handle = network.get_submodule(name).register_forward_pre_hook(lambda _, inputs: shapes.append(inputs[0].shape))
-    training, parameter = network.training, next(network.parameters())
-    try:
-        network.eval()(torch.zeros(1, *input_size, device=parameter.device, dtype=parameter.dtype))
-    finally:
-        network.train(training)
-        handle.remove()
+    run_on_zeros(network, input_size, [handle])
     return shapes[0]

@@ -4,7 +4,7 @@ A layer keeps its object, its name and its parameters: only its class is swapped
 quantizes the input and the weight. So hooks, names and timm's own code stay valid, and nothing of timm is copied.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
 
 import torch
@@ -13,6 +13,7 @@ from timm.layers import Conv2dSame
 from timm.layers import Linear as TimmLinear
 from timm.layers.conv2d_same import conv2d_same
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from .quantizers import ActivationQuantizer, WeightQuantizer
 from .strategy import FLOAT_BITS, LayerBits, Strategy, unknown_layer
@@ -213,16 +214,20 @@ def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> dict[str, 
         return count
 
     handles = [module.register_forward_hook(hook(name)) for name, module in quantizable_layers(model).items()]
-    training = model.training
+    run_on_zeros(model, input_size, handles)
+    return macs
+
+
+@torch.no_grad()
+def run_on_zeros(model: nn.Module, input_size: tuple[int, int, int], handles: Iterable[RemovableHandle] = ()) -> None:
+    """One forward pass of an image of zeros (C, H, W) in eval mode, for what the hooks of `handles` see; they are removed."""
+    training, parameter = model.training, next(model.parameters())
     try:
-        parameter = next(model.parameters())
-        with torch.no_grad():
-            model.eval()(torch.zeros(1, *input_size, device=parameter.device, dtype=parameter.dtype))
+        model.eval()(torch.zeros(1, *input_size, device=parameter.device, dtype=parameter.dtype))
     finally:
         model.train(training)
         for handle in handles:
             handle.remove()
-    return macs
 
 
 def apply_strategy(model: nn.Module, strategy: Strategy) -> None:

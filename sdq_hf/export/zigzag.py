@@ -15,10 +15,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
-from ..layers import quantizable_layers
+from ..layers import quantizable_layers, run_on_zeros
 from ..strategy import FLOAT_BITS, Strategy
 
 # Of a partial sum: what the registers of ZigZag's accelerators hold.
@@ -54,12 +53,7 @@ def layer_shapes(network: nn.Module, input_size: tuple[int, int, int]) -> dict[s
         return note
 
     handles = [module.register_forward_hook(hook(name)) for name, module in quantizable_layers(network).items()]
-    try:
-        with torch.no_grad():
-            network.eval()(torch.zeros(1, *input_size))
-    finally:
-        for handle in handles:
-            handle.remove()
+    run_on_zeros(network, input_size, handles)
     return shapes
 
 
