@@ -17,22 +17,20 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch import Tensor, nn
+from torch import nn
 
 from sdq_hf import SDQForImageClassification
 from sdq_hf.backbones import create_backbone
 from sdq_hf.export.lower import integer_network
 from sdq_hf.training.arguments import ArgumentError, DataArguments, parse_groups
-from sdq_hf.training.data import load_image_data
-from sdq_hf.training.evaluation import evaluate, logits_of
+from sdq_hf.training.evaluation import evaluate
 from sdq_hf.training.fit import fit
 from sdq_hf.training.loaders import build_loaders
-from sdq_hf.training.losses import distillation
 from sdq_hf.training.optim import OptimizerArguments
+from sdq_hf.training.stages import load_data, loss_of_teacher
 from sdq_hf.writing import remove, write_json
 
 
@@ -89,7 +87,7 @@ def run(options: HardwareArguments, data: DataArguments, training: OptimizerArgu
         checkpoints = Path(options.output_dir) / "training"
         fit(
             profile,
-            distil_from(teacher),
+            loss_of_teacher(teacher),
             loaders,
             training,
             accelerator,
@@ -116,22 +114,7 @@ def load(
     for name in _NOT_HERE:
         if getattr(data, name) != getattr(DataArguments(), name):
             raise ArgumentError(f"--{name} has no place in to_hardware.py: leave it out")
-    images = load_image_data(
-        data.dataset,
-        data_dir=data.data_dir,
-        config_name=data.dataset_config,
-        image_column=data.image_column,
-        label_column=data.label_column,
-        train_split=data.train_split,
-        validation_split=data.validation_split,
-        test_split=data.test_split,
-        validation_fraction=data.validation_fraction,
-        seed=options.seed,
-        max_train_samples=data.max_train_samples,
-        max_eval_samples=data.max_eval_samples,
-        on_bad_image=data.on_bad_image,
-        on_missing_class=data.on_missing_class,
-    )
+    images = load_data(data, options.seed)
     if len(images.label_names) != model.config.num_labels:
         raise ValueError(f"The data has {len(images.label_names)} classes, the model {model.config.num_labels}.")
     config = model.config.pretrained_cfg or {}
@@ -156,15 +139,6 @@ def table(rows: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
         seen, unseen = splits["validation"], splits["test"]
         lines.append(f"{name:8}  {seen['top1']:16.2f}  {seen['kl']:6.4f}  {unseen['top1']:10.2f}  {unseen['kl']:6.4f}")
     return "\n".join(lines)
-
-
-def distil_from(teacher: nn.Module) -> Any:
-    def loss(student: nn.Module, images: Tensor, labels: Tensor, progress: float) -> Tensor:
-        with torch.no_grad():
-            target = logits_of(teacher(images))
-        return distillation(logits_of(student(images)), target)
-
-    return loss
 
 
 if __name__ == "__main__":

@@ -21,10 +21,9 @@ from study_common import read
 from sdq_hf import SDQForImageClassification
 from sdq_hf.cli import EXPORT_TARGETS
 from sdq_hf.export.artefacts import export_model
+from sdq_hf.export.images import real_images
 from sdq_hf.export.lower import integer_network
 from sdq_hf.export.verify import CONTROLLED
-from sdq_hf.training.data import load_image_data
-from sdq_hf.training.loaders import build_loaders
 from sdq_hf.writing import write_json
 
 
@@ -51,10 +50,7 @@ def main() -> None:
 
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     model = SDQForImageClassification.from_pretrained(folder).eval()
-    data = load_image_data(options.dataset, max_eval_samples=options.images)
-    loaders = build_loaders(data, model.config.pretrained_cfg or {}, aug="none")
-    images, labels = (torch.cat([batch[key] for batch in loaders["test"]]) for key in ("pixel_values", "labels"))
-    calibration = next(iter(loaders["calibration"]))["pixel_values"]
+    images, labels, calibration, _ = real_images(model, options.dataset, count=options.images)
     report = export_model(model, options.folder / folder.name, options.to, images, labels, calibration, say=print)
     network, profile = integer_network(model), folder / "hardware.json"
     return {

@@ -17,17 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import torch
 from torch import Tensor
 
 from sdq_hf import SDQForImageClassification
 from sdq_hf.export.graph import IntegerNetwork
 from sdq_hf.export.hls import Emulation, export_hls
+from sdq_hf.export.images import real_images
 from sdq_hf.export.lower import integer_network
 from sdq_hf.export.manifest import integers, versions
 from sdq_hf.export.verify import cases, compare, with_one_weight_changed
-from sdq_hf.training.data import load_image_data
-from sdq_hf.training.loaders import build_loaders
 from sdq_hf.writing import write_json
 
 COLUMNS = {
@@ -70,7 +68,7 @@ def main() -> int:
         if done:
             row = done[0]
         else:
-            row = known | measure(network, real_images(model, options), options)
+            row = known | measure(network, real_images(model, options.dataset, count=options.images).images, options)
             rows = [old for old in rows if not known.items() <= old.items()] + [row]
             if options.out:
                 command = "python scripts/verify_hls.py MODELS --dataset DATA --out FILE"
@@ -111,13 +109,6 @@ def measure(network: IntegerNetwork, images: Tensor, options: argparse.Namespace
         "differ from control": found["real"].differ_from_control,
         "an image, s": seconds / sum(comparison.count for comparison in found.values()),
     }
-
-
-def real_images(model: SDQForImageClassification, options: argparse.Namespace) -> Tensor:
-    """Of the test split, as `sdq-hf export` takes them."""
-    data = load_image_data(options.dataset, max_eval_samples=options.images)
-    loaders = build_loaders(data, model.config.pretrained_cfg or {}, aug="none")
-    return torch.cat([batch["pixel_values"] for batch in loaders["test"]])[: options.images]
 
 
 def digest(network: IntegerNetwork) -> str:

@@ -8,8 +8,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import datasets
-import torch
 import transformers
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
@@ -193,10 +191,11 @@ def _push(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
+    import datasets
+
     from .export.artefacts import check_targets, export_model
+    from .export.images import real_images
     from .modeling_sdq import SDQForImageClassification
-    from .training.data import load_image_data
-    from .training.loaders import build_loaders
 
     check_targets(options.to)
     if options.images < 1:
@@ -204,13 +203,10 @@ def _export(options: argparse.Namespace) -> int:
     name, revision = _split(options.model)
     model = SDQForImageClassification.from_pretrained(name, revision=revision).eval()
     datasets.disable_progress_bars()
-    data = load_image_data(options.dataset, data_dir=options.data_dir, max_eval_samples=options.images)
-    loaders = build_loaders(data, model.config.pretrained_cfg or {}, aug="none")
-    images, labels = (torch.cat([batch[key] for batch in loaders["test"]]) for key in ("pixel_values", "labels"))
-    calibration = next(iter(loaders["calibration"]))["pixel_values"]
-    known = labels if len(data.label_names) == model.config.num_labels else None
+    images, labels, calibration, classes = real_images(model, options.dataset, options.data_dir, options.images)
+    known = labels if classes == model.config.num_labels else None
     if known is None:
-        print(f"The data has {len(data.label_names)} classes, the model {model.config.num_labels}: no accuracy.")
+        print(f"The data has {classes} classes, the model {model.config.num_labels}: no accuracy.")
     report = export_model(model, options.output, options.to, images, known, calibration, options.verify, say=print)
     print(f"Exported {', '.join(options.to)} to {options.output}" + ("" if report["verified"] else ", not verified"))
     return 0

@@ -11,7 +11,7 @@ import gc
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -76,7 +76,7 @@ class Run:
         self.folder = Path(arguments.run.output_dir)
         self._check_folder()
         self.accelerator = _accelerator(arguments)
-        self.data = _load_data(arguments)
+        self.data = load_data(arguments.data, arguments.run.seed)
         self.model_args: dict[str, Any] = {"in_chans": self.data.channels}
         self.network = self._create_float_network()
         self.base = self.quantize(self.network)
@@ -549,16 +549,7 @@ class Run:
     def distillation_loss(self, teacher: nn.Module) -> LossFunction:
         """The loss of a student that learns from its teacher's outputs alone; mixed images have no label that matters."""
         data = self.arguments.data
-        mixup = build_mixup(data.mixup, data.cutmix, 0.0, len(self.data.label_names))
-
-        def loss(student: nn.Module, images: Tensor, labels: Tensor, progress: float) -> Tensor:
-            if mixup is not None:
-                images, _ = mixup(images, labels)
-            with torch.no_grad():
-                target = logits_of(teacher(images))
-            return distillation(logits_of(student(images)), target)
-
-        return loss
+        return loss_of_teacher(teacher, build_mixup(data.mixup, data.cutmix, 0.0, len(self.data.label_names)))
 
     def _kd_teacher(self, options: FinetuneArguments) -> nn.Module:
         if options.kd_teacher is None:
@@ -631,8 +622,8 @@ def _accelerator(arguments: Arguments) -> Accelerator:
     return accelerator
 
 
-def _load_data(arguments: Arguments) -> ImageData:
-    data = arguments.data
+def load_data(data: DataArguments, seed: int) -> ImageData:
+    """The images that the options ask for."""
     return load_image_data(
         data.dataset,
         data_dir=data.data_dir,
@@ -643,7 +634,7 @@ def _load_data(arguments: Arguments) -> ImageData:
         validation_split=data.validation_split,
         test_split=data.test_split,
         validation_fraction=data.validation_fraction,
-        seed=arguments.run.seed,
+        seed=seed,
         max_train_samples=data.max_train_samples,
         max_eval_samples=data.max_eval_samples,
         streaming=data.streaming,
@@ -651,6 +642,19 @@ def _load_data(arguments: Arguments) -> ImageData:
         on_bad_image=data.on_bad_image,
         on_missing_class=data.on_missing_class,
     )
+
+
+def loss_of_teacher(teacher: nn.Module, mixup: Callable[..., Any] | None = None) -> LossFunction:
+    """The loss of a student that learns from the outputs of `teacher` alone, of images that `mixup` mixes."""
+
+    def loss(student: nn.Module, images: Tensor, labels: Tensor, progress: float) -> Tensor:
+        if mixup is not None:
+            images, _ = mixup(images, labels)
+        with torch.no_grad():
+            target = logits_of(teacher(images))
+        return distillation(logits_of(student(images)), target)
+
+    return loss
 
 
 def _loss_of_labels(data: DataArguments, classes: int) -> LossFunction:

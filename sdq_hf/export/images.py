@@ -1,0 +1,31 @@
+"""The real images that exports are compared on."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..modeling_sdq import SDQForImageClassification
+from ..training.data import load_image_data
+from ..training.loaders import build_loaders
+
+
+class RealImages(NamedTuple):
+    """Of the test split: images (float32 [B, C, H, W]) and labels (int64 [B]); a batch of training images for calibration;
+    the number of classes that the data has."""
+
+    images: Tensor
+    labels: Tensor
+    calibration: Tensor
+    classes: int
+
+
+def real_images(
+    model: SDQForImageClassification, dataset: str | None, data_dir: str | None = None, count: int | None = None
+) -> RealImages:
+    """Images as `model` takes them. dataset, data_dir: as in `load_image_data`. count: so many; default: all."""
+    data = load_image_data(dataset, data_dir=data_dir, max_eval_samples=count)
+    loaders = build_loaders(data, model.config.pretrained_cfg or {}, aug="none")
+    images, labels = (torch.cat([batch[key] for batch in loaders["test"]]) for key in ("pixel_values", "labels"))
+    calibration = next(iter(loaders["calibration"]))["pixel_values"]
+    return RealImages(images, labels, calibration, len(data.label_names))
