@@ -8,7 +8,6 @@ network; one that stands there with the same integers is not done again.
 """
 
 import argparse
-import hashlib
 import json
 import sys
 import tempfile
@@ -20,6 +19,7 @@ import datasets
 from torch import Tensor
 
 from sdq_hf import SDQForImageClassification
+from sdq_hf.checkpoint import digest
 from sdq_hf.export.graph import IntegerNetwork
 from sdq_hf.export.hls import Emulation, export_hls
 from sdq_hf.export.images import real_images
@@ -63,7 +63,11 @@ def main() -> int:
     for folder in options.models:
         model = SDQForImageClassification.from_pretrained(folder).eval()
         network = integer_network(model)
-        known = {"network": network.architecture, "integers": digest(network), "reuse factor": options.reuse_factor}
+        known = {
+            "network": network.architecture,
+            "integers": digest(integers(network)).hex()[:16],
+            "reuse factor": options.reuse_factor,
+        }
         done = [row for row in rows if known.items() <= row.items() and row["real images"] >= options.images]
         if done:
             row = done[0]
@@ -109,14 +113,6 @@ def measure(network: IntegerNetwork, images: Tensor, options: argparse.Namespace
         "differ from control": found["real"].differ_from_control,
         "an image, s": seconds / sum(comparison.count for comparison in found.values()),
     }
-
-
-def digest(network: IntegerNetwork) -> str:
-    """Of all weights, biases and exponents."""
-    values = hashlib.sha256()
-    for name, tensor in sorted(integers(network).items()):
-        values.update(name.encode() + tensor.contiguous().numpy().tobytes())
-    return values.hexdigest()[:16]
 
 
 if __name__ == "__main__":
