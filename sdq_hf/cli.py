@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="sdq-hf",
-        description="Mixed-precision quantized timm models: look at them, compare their bits, publish them.",
+        description="Mixed-precision quantized timm models: look at them, compare their bits, publish and export them.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
