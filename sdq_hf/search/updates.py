@@ -189,7 +189,8 @@ class Paper:
     `L = L_task + cost_weight sum_l s_l E[bits_l] + error_weight sum_l E[mse_l]`, by SGD with momentum: Adam would
     normalise the cost away and all layers would step down alike (METHOD 8). s_l is the layer's share of the cost, or of
     its square root, which grades better. A layer whose beta falls below `threshold` steps down with a fresh DBP and no
-    momentum; the lowest beta goes first.
+    momentum; the lowest beta goes first. Where the cost no longer outweighs the error nothing moves, so after `patience`
+    batches without a step the cost weighs twice as much (our interpretation; 0: it never does).
 
     METHOD 8 finds that the cost decides nearly everything here, so this is a layer-size rule in disguise.
     """
@@ -207,12 +208,15 @@ class Paper:
         cost_weight: float = 1.0,
         error_weight: float = 1.0,
         cost_shape: str = "sqrt",
+        patience: int = 100,
     ):
         if cost_shape not in ("sqrt", "linear"):
             raise ValueError(f"cost_shape must be 'sqrt' or 'linear', got {cost_shape!r}.")
         self.descent, self.seed, self.errors = descent, seed, errors
         self.lr, self.momentum, self.temperature, self.threshold = lr, momentum, temperature, threshold
         self.theta_start, self.cost_weight, self.error_weight = theta_start, cost_weight, error_weight
+        # Batches since the last step, or since the cost's weight was doubled.
+        self.patience, self.waited = patience, 0
         # Cost of one bit more, whatever the ladder: shares of the whole.
         rungs = descent.candidates
         span = max(rungs) - min(rungs) or 1
@@ -239,6 +243,9 @@ class Paper:
     def observe(self, gradients: Mapping[str, float], drawn: Mapping[str, float]) -> None:
         assert self._soft is not None, "draw comes before observe"
         assert self._leaf is not None
+        self.waited += 1
+        if self.patience and self.waited > self.patience:
+            self.cost_weight, self.waited = 2 * self.cost_weight, 1
         names = self.descent.names
         task = torch.tensor([gradients[name] for name in names], dtype=torch.float64)
         (grad,) = torch.autograd.grad(self._soft, self._leaf, task)
@@ -272,14 +279,17 @@ class Paper:
     def reset(self, name: str) -> None:
         index = self.descent.names.index(name)
         self.theta[index], self.velocity[index] = self.theta_start, 0.0
+        self.waited = 0
 
     def estimates(self) -> dict[str, tuple[float, float]]:
         """Layer -> (beta, 0)."""
         return {name: (b, 0.0) for name, b in zip(self.descent.names, torch.sigmoid(self.theta).tolist(), strict=True)}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"theta": self.theta.tolist(), "velocity": self.velocity.tolist()}
+        waiting = {"cost_weight": self.cost_weight, "waited": self.waited}
+        return {"theta": self.theta.tolist(), "velocity": self.velocity.tolist(), **waiting}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.theta = torch.tensor(state["theta"], dtype=torch.float64)
         self.velocity = torch.tensor(state["velocity"], dtype=torch.float64)
+        self.cost_weight, self.waited = state["cost_weight"], state["waited"]

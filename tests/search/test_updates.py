@@ -36,10 +36,12 @@ def test_the_papers_update_is_sgd_on_its_loss():
     errors = {name: {8: 0.01 * i, 4: 0.3 * i, 2: 5.0} for i, name in enumerate(way.names, 1)}
     # The square root of what a bit more costs, as a share: BitOPs with 4-bit inputs.
     shares = torch.tensor([30.0, 20.0, 10.0], dtype=torch.float64) / 60
-    update, theta = Paper(way, 3, errors), torch.full((3,), 3.0, dtype=torch.float64, requires_grad=True)
+    update, theta = Paper(way, 3, errors, patience=2), torch.full((3,), 3.0, dtype=torch.float64, requires_grad=True)
     sgd = torch.optim.SGD([theta], lr=1.0, momentum=0.9)
     generator = torch.Generator().manual_seed(0)
-    for step in range(6):
+    # Two batches at most until the step at the fourth and after it, then the cost weighs twice as much.
+    cost_weights = [1.0, 1.0, 2.0, 2.0, 2.0, 4.0, 4.0, 8.0]
+    for step, cost_weight in enumerate(cost_weights):
         if step == 3:
             # 8 -> 4 -> 2: no lower rung is left, and what is left of its step is momentum.
             for _ in range(2):
@@ -62,7 +64,7 @@ def test_the_papers_update_is_sgd_on_its_loss():
                 continue
             expected_bits = beta[i] * upper + (1 - beta[i]) * lower
             expected_error = beta[i] * errors[name][upper] + (1 - beta[i]) * errors[name][lower]
-            loss = loss + task[i] * soft[i] + shares[i] * expected_bits + expected_error
+            loss = loss + task[i] * soft[i] + cost_weight * shares[i] * expected_bits + expected_error
         sgd.zero_grad()
         loss.backward()
         sgd.step()
@@ -73,9 +75,19 @@ def test_the_papers_update_is_sgd_on_its_loss():
         assert update.estimates() == {
             n: (pytest.approx(b), 0.0) for n, b in zip(way.names, beta_of(theta), strict=True)
         }
-    restored = Paper(way, 3, errors)
+    restored = Paper(way, 3, errors, patience=2)
     restored.load_state_dict(json.loads(json.dumps(update.state_dict())))
-    assert (restored.theta.tolist(), restored.velocity.tolist()) == (update.theta.tolist(), update.velocity.tolist())
+    assert restored.state_dict() == update.state_dict()
+    for either in (restored, update):
+        either.observe(dict.fromkeys(way.names, 0.1), either.draw(8))
+    assert restored.state_dict() == update.state_dict()
+
+
+def test_a_cost_that_may_not_grow_stays_what_it_is():
+    update = Paper(descent([2.0], sizes=(100,)), 0, {"l0": dict.fromkeys(range(1, 9), 0.0)}, patience=0)
+    for step in range(300):
+        update.observe({"l0": 0.0}, update.draw(step))
+    assert update.cost_weight == 1.0
 
 
 def beta_of(theta):
