@@ -65,8 +65,9 @@ def test_the_budget_of_uniform_bits_is_what_they_cost_and_fractions_lie_between(
         assert cost.limit(cost.of_uniform(STRATEGY, bits)) == pytest.approx(cost.total(STRATEGY.with_bits(bits)))
     halfway = (cost.total(STRATEGY.with_bits(2)) + cost.total(STRATEGY.with_bits(3))) / 2
     assert cost.limit(cost.of_uniform(STRATEGY, 2.5)) == pytest.approx(halfway)
-    with pytest.raises(ValueError, match="1 to 8"):
-        cost.of_uniform(STRATEGY, 9)
+    for bits in (0.5, 8.5, 9):
+        with pytest.raises(ValueError, match=rf"Uniform {bits} bits are out of reach: 1 to 8"):
+            cost.of_uniform(STRATEGY, bits)
 
 
 def walk(way):
@@ -98,6 +99,15 @@ def test_a_table_of_ones_own_counts_what_it_names_and_what_is_fixed(tmp_path):
     path.write_text(json.dumps(table()))
     for source in (path, str(path), table(), get_cost(path)):
         assert get_cost(source).total(STRATEGY) == 5 + 30 + 20
+
+
+def test_more_than_a_hundredth_of_a_budget_left_over_is_told_and_less_is_not(caplog):
+    start = Strategy.of({"a": LayerBits(8, 4, 800, 1000), "b": LayerBits(8, 4, 8, 10)})
+    for budget, told in ((28_320 * 1.009, False), (28_320 * 1.02, True)):
+        caplog.clear()
+        (found,) = walk(Descent(start, get_cost("bitops"), [budget], range(1, 9)))
+        assert found.bitops() <= budget
+        assert ("the nearest strategy below it" in caplog.text) == told
 
 
 def test_bits_that_cost_no_less_than_more_bits_are_never_chosen():
@@ -134,6 +144,10 @@ def test_a_budget_out_of_reach_names_the_range_and_the_layers_that_bind():
         (table(name="../up"), "letters, digits"),
         (table(fixed=-1), "fixed must be a number of at least 0"),
         (table(layers={"wide": {"x": 1}}), r"\['wide'\] must map weight bits to costs"),
+        (table(layers={"wide": {"1": 1, "x": 1}}), r"\['wide'\] must map weight bits to costs"),
+        (table(layers={"wide": [1, 2]}), r"\['wide'\] must map weight bits to costs"),
+        (table(layers={}), "layers must be a mapping with an entry for each row"),
+        (table(layers=["wide"]), "layers must be a mapping with an entry for each row"),
         (table(layers={"wide": {"1": "2"}}), r"\['wide'\]\['1'\] must be a number"),
         ({"name": "x", "unit": "y", "per_mac": {"a": {"1": 1}}}, "named by activation bits"),
     ],

@@ -64,7 +64,6 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _fake_quantize(x: Tensor, step: Tensor, low: int, high: int) -> Tensor:
-    step = step.detach()
     if x.device.type == "cpu":
         # torch's own kernel below gives the same numbers, and takes eight times as long on a CPU: it is not vectorized.
         return torch.mul(x, 1 / step).round_().clamp_(low, high).mul_(step)
@@ -97,7 +96,7 @@ def best_step_and_sign(x: Tensor, bits: int, power_of_two: bool = False) -> tupl
 
 
 def _sample(x: Tensor) -> Tensor:
-    x = x.detach().reshape(-1).float()
+    x = x.reshape(-1).float()
     if x.numel() > _FIT_SAMPLES:
         # A fixed stride would meet the same channels of a channels-last tensor again and again.
         generator = torch.Generator().manual_seed(0)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from sdq_hf.quantizers import ActivationQuantizer
-from sdq_hf.quantizers.activation import _fake_quantize, activation_range, best_step
+from sdq_hf.quantizers.activation import _dot, _fake_quantize, activation_range, best_step
 
 
 def lsq(x, step, low, high):
@@ -60,6 +60,13 @@ def test_fitted_step_is_as_good_as_a_dense_search(bits):
     assert error(best_step(x, bits, signed=False).item()) <= 1.05 * best
 
 
+def test_values_on_a_grid_are_fitted_without_error_and_the_step_grows_with_them():
+    for scale in (1.0, 1e-4, 1e4):
+        assert best_step(scale * torch.arange(16.0), 4, signed=False).item() == pytest.approx(scale)
+        assert best_step(scale * torch.arange(-8.0, 8.0), 4, signed=True).item() == pytest.approx(scale)
+    assert best_step(torch.zeros(9), 4, signed=False).item() > 0
+
+
 def test_first_tensor_fits_and_a_change_of_bits_fits_anew():
     quantizer = ActivationQuantizer(4)
     assert quantizer.step.item() == 0
@@ -80,6 +87,9 @@ def test_state_survives_saving():
     other.load_state_dict(quantizer.state_dict())
     assert torch.equal(other(x), y)
     assert other.range == (-8, 7)
+    # Nothing that comes by fits a loaded step anew.
+    other(10 * x)
+    assert torch.equal(other.step, quantizer.step)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
@@ -105,6 +115,17 @@ def test_one_bit_is_unsigned_whatever_comes():
     assert quantizer.range == (0, 1)
 
 
+def test_values_of_one_sign_are_unsigned_and_so_is_what_both_signs_fit_as_well():
+    # Two levels above zero: three of the four signed clips would fit them better, by luck.
+    for x in (torch.tensor([0.0, 1.0, 0.53]), torch.tensor([0.2, 1.0]), torch.rand(7)):
+        quantizer = ActivationQuantizer(3)
+        quantizer.fit(x)
+        assert quantizer.range == (0, 7)
+    # Too small for any step: all are zero.
+    quantizer.fit(torch.tensor([-1e-30, 1e-30]))
+    assert quantizer.range == (0, 7)
+
+
 def test_few_bits_are_unsigned_where_many_are_signed():
     x = F.silu(3 * torch.randn(4000, generator=torch.Generator().manual_seed(0)))
     signs = {}
@@ -125,6 +146,31 @@ def test_numbers_are_those_of_torchs_own_fake_quantization(signed, bits):
     low, high = activation_range(bits, signed)
     expected = torch.fake_quantize_per_tensor_affine(x, step, torch.zeros((), dtype=torch.int32), low, high)
     assert torch.equal(_fake_quantize(x, step, low, high), expected)
+
+
+def test_numbers_of_half_precision_are_quantized_in_float32_and_those_of_float64_in_float64():
+    quantizer = ActivationQuantizer(8, power_of_two=True)
+    quantizer.step.data.fill_(2.0**-6)
+    x = 4 * torch.rand(3000, generator=torch.Generator().manual_seed(0))
+    for dtype in (torch.bfloat16, torch.float16):
+        assert torch.equal(quantizer(x.to(dtype)), quantizer(x.to(dtype).float()).to(dtype))
+    # Just below a tie, on which float32 would lie.
+    below = torch.tensor([2.5 - 1e-12], dtype=torch.float64) * 2.0**-6
+    assert quantizer(below.float()).item() == quantizer(below).item() == 2 * 2.0**-6
+    below = torch.tensor([3.5 - 1e-12], dtype=torch.float64) * 2.0**-6
+    assert (quantizer(below.float()).item(), quantizer(below).item()) == (4 * 2.0**-6, 3 * 2.0**-6)
+
+
+def test_sums_of_products_are_right_in_any_memory_format():
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(2, 6, 4, 5, generator=generator) for _ in range(2))
+    expected = (a.double() * b.double()).sum().item()
+    last = {"memory_format": torch.channels_last}
+    for one, other in ((a, b), (a.contiguous(**last), b.contiguous(**last)), (a.contiguous(**last), b)):
+        assert _dot(one, other).item() == pytest.approx(expected, rel=1e-5)
+    # Slices have gaps between their values.
+    expected = (a.double() * b.double())[:, ::2].sum().item()
+    assert _dot(a[:, ::2], b[:, ::2]).item() == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("signed", [False, True])
@@ -157,14 +203,30 @@ def test_activations_kept_as_codes_give_the_same_gradients(signed, dtype):
         assert torch.equal(plain, small)
 
 
+def test_only_the_activation_itself_is_kept_as_codes():
+    quantizer, x = ActivationQuantizer(2), torch.rand(6, 9, generator=torch.Generator().manual_seed(0))
+    quantizer.fit(x)
+    y = quantizer(x)
+    # Of the same shape as the activation, and not on its grid.
+    factor = torch.randn(6, 9, requires_grad=True)
+    y = y.detach().requires_grad_()
+    with quantizer.saved_as_codes(y):
+        z = y * factor
+    z.sum().backward()
+    assert torch.equal(y.grad, factor)
+    assert torch.equal(factor.grad, y)
+
+
 @pytest.mark.filterwarnings("ignore")  # the compiler's own, which differ from version to version
 @pytest.mark.parametrize("signed", [False, True])
 def test_gradients_of_the_path_for_compilers_and_gpus_are_those_of_the_fused_one(signed):
     x = 3 * torch.randn(500, generator=torch.Generator().manual_seed(0))
     quantizer = ActivationQuantizer(3)
     quantizer.fit(x if signed else x.relu())
-    # A step that cuts off values on both sides.
+    # A step that cuts off values on both sides, and values right where rounding reaches the outermost levels last.
     quantizer.step.data.mul_(0.4)
+    low, high = quantizer.range
+    x = torch.cat([x[:498], torch.tensor([low - 0.5, high + 0.5]) * quantizer.step.item()])
     found = []
     for function in (quantizer, torch.compile(quantizer, backend="aot_eager", fullgraph=True)):
         leaf = x.clone().requires_grad_()
