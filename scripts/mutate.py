@@ -70,6 +70,9 @@ MODULES: dict[str, list[str]] = {
     "search/updates": ["tests/search/test_updates.py", "tests/search/test_search.py", "-k", _UNITS],
 }
 # Mutants that compute the same, by module and name: why.
+_KERNEL = "which of two kernels that give the same numbers computes on a CPU"
+_SAMPLE = "a sample of another size, or of all values in another order"
+_SHORTCUT = "a shortcut: signed steps are no better without a negative value"
 _UNIFORM = "in `return torch.rand(count, generator=generator, dtype=torch.float64).clamp_(1e-12, 1 - 1e-12)`"
 EQUIVALENT: dict[tuple[str, str], str] = {
     (
@@ -122,6 +125,61 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "quantizers/stochastic",
         "logits > 0 -> logits >= 0 in `return logits > 0, torch.sigmoid(logits / temperature)`",
     ): "a tie, which has probability 0 and no right answer",
+    (
+        "costs",
+        '1 -> 2 in `near = get_close_matches(str(cost), known := [*COSTS, "lut"], n=1)`',
+    ): "only the first is shown",
+    (
+        "costs",
+        "1 -> 2 in `return sum(strategy[name].num_weights for name in strategy.searchable) or 1`",
+    ): "zero divided by either is zero",
+    ("quantizers/activation", "65536 -> 65537 in `_FIT_SAMPLES = 65536`"): _SAMPLE,
+    (
+        "quantizers/activation",
+        "x.numel() > _FIT_SAMPLES -> x.numel() >= _FIT_SAMPLES in `if x.numel() > _FIT_SAMPLES:`",
+    ): _SAMPLE,
+    (
+        "quantizers/activation",
+        "64 -> 65 in `steps = top / bound * torch.logspace(0, math.log10(0.05), 64, device=x.device)`",
+    ): "clips of the same range, a little finer",
+    ("quantizers/activation", "0 -> 1 in `if bits > 1 and (x < 0).any():`"): _SHORTCUT,
+    ("quantizers/activation", "x < 0 -> x <= 0 in `if bits > 1 and (x < 0).any():`"): _SHORTCUT,
+    (
+        "quantizers/activation",
+        "x.device.type == 'cpu' and (not torch.compiler.is_compiling()) -> x.device.type == 'cpu' or "
+        'not torch.compiler.is_compiling() in `if x.device.type == "cpu" and not torch.compiler.is_compiling():`',
+    ): _KERNEL,
+    (
+        "quantizers/activation",
+        "x.device.type == 'cpu' -> x.device.type != 'cpu' in "
+        '`if x.device.type == "cpu" and not torch.compiler.is_compiling():`',
+    ): _KERNEL,
+    (
+        "quantizers/activation",
+        "not torch.compiler.is_compiling() -> not not torch.compiler.is_compiling() in "
+        '`if x.device.type == "cpu" and not torch.compiler.is_compiling():`',
+    ): _KERNEL,
+    (
+        "quantizers/activation",
+        "x.device.type == 'cpu' -> x.device.type != 'cpu' in `if x.device.type == \"cpu\":`",
+    ): _KERNEL,
+    (
+        "quantizers/activation",
+        "a.is_contiguous() or a.is_contiguous(memory_format=torch.channels_last) -> a.is_contiguous() and "
+        "a.is_contiguous(memory_format=torch.channels_last) in `if a.stride() != b.stride() or not (a.is_contiguous() or "
+        "a.is_contiguous(memory_format=torch.channels_last)):`",
+    ): "the slower of two sums of the same products",
+    (
+        "quantizers/activation",
+        "torch.is_grad_enabled() and (x.requires_grad or self.step.requires_grad) -> torch.is_grad_enabled() or "
+        "(x.requires_grad or self.step.requires_grad) in "
+        "`if torch.is_grad_enabled() and (x.requires_grad or self.step.requires_grad):`",
+    ): "where no gradients are kept, both ways give the same numbers",
+    (
+        "quantizers/activation",
+        "self.effective_step.detach() -> self.effective_step.view_as(self.effective_step) in "
+        "`step, place, shape, dtype = self.effective_step.detach(), y.data_ptr(), y.shape, y.dtype`",
+    ): "nothing in it takes a gradient: codes are integers, and are read in a backward pass",
 }
 
 _SWAPS: dict[type[ast.AST], type[ast.AST]] = {
