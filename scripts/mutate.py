@@ -105,6 +105,10 @@ EQUIVALENT: dict[tuple[str, str], str] = {
     ): "fitting no channels, or on the meta device, changes nothing",
     (
         "search/descent",
+        "1 -> 2 in `return max(above[0] if above else self.candidates[-1], usual[0] if usual else self.candidates[-1])`",
+    ): "a budget above the top of the ladder is refused before",
+    (
+        "search/descent",
         "-1 -> +1 in `return max(above[0] if above else self.candidates[-1], usual[0] if usual else self.candidates[-1])`",
     ): "a budget above the top of the ladder is refused before",
     (

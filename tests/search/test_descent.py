@@ -57,6 +57,10 @@ def test_inputs_cost_what_the_strategy_says_and_count_no_weights():
         assert way.average_bits() == pytest.approx(now.average_bits())
     with pytest.raises(ValueError, match="in average bits, which does not count them"):
         descent(cost=get_cost("bits"), budgets=[3.0])
+    # One that computes nothing costs nothing, whatever its inputs.
+    start = Strategy.of({"a": LayerBits(8, 8, 50, 500), "unused": LayerBits(8, 8, 90, 0)})
+    way = Descent(start, cost, [500 * 16], [2, 4, 8], units=layer_units(start) | input_units(start))
+    assert (way.ladder["a.input"], way.ladder["unused.input"]) == ([2, 4, 8], [8])
 
 
 def test_rungs_of_inputs_are_those_that_save_something_beside_weights_of_the_most_bits():
@@ -100,6 +104,13 @@ def test_a_layer_steps_down_for_another_where_too_much_would_be_left_over():
     assert found_after(way_of(sizes, 11_250), ("d", 0.3), ("e", 0.1), ("a", 0.5)) == {"a": 6, "d": 5, "e": 4}
 
 
+def test_the_next_step_of_a_layer_counts_four_times_its_last_one():
+    # 500 are left over. A step of d makes room for a and f, one of e for a alone: 4 x 0.2 - f against 4 x 0.1.
+    sizes = {"a": 1000, "d": 600, "e": 550, "f": 80}
+    for f, expected in ((0.45, {"a": 6, "d": 4, "e": 5, "f": 6}), (0.35, {"a": 6, "d": 5, "e": 4, "f": 5})):
+        assert found_after(way_of(sizes, 11_650), ("f", f), ("d", 0.2), ("e", 0.1), ("a", 0.5)) == expected
+
+
 def test_what_no_exchange_can_use_is_told(caplog):
     with caplog.at_level(logging.WARNING):
         assert found_after(way_of({"a": 1000, "b": 10}, 5500), ("a", 0.1)) == {"a": 5, "b": 6}
@@ -128,6 +139,9 @@ def test_wrong_starts_floors_and_budgets_are_refused():
         Descent(Strategy.of({"a": LayerBits(8, 4, 9, 9)}), get_cost("bits"), [], range(1, 9))
     with pytest.raises(ValueError, match=r"one of the candidates \[1, 2, 3, 4, 5, 6, 7, 8\], got 9"):
         way_of({"a": 10}, 30, start_bits=9)
+    # Above one budget, and below the other.
+    with pytest.raises(BudgetError, match="start_bits 3 is below the budget of 4 average bits"):
+        Descent(Strategy.of({"a": LayerBits(8, 4, 9, 9)}), get_cost("bits"), [2.0, 4.0], range(1, 9), start_bits=3)
     with pytest.raises(ValueError, match=r"floors\['a'\] must be at most 8, the largest candidate, got 9"):
         way_of({"a": 10}, 30, floors={"a": 9})
     with pytest.raises(BudgetError, match=r"start_bits 2 is below the budget of 3 average bits.*at 6 for example"):
