@@ -7,7 +7,7 @@ The function of the network in eval mode stays the same, up to the rounding of f
   next power of two; the layers behind it take up the rest in their weights.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,13 +25,14 @@ _TRANSPARENT_CALLS = ("flatten", "dropout", "relu", "view", "reshape")
 class ShiftAvgPool2d(nn.Module):
     """[B, C, H, W] -> sum over all pixels / 2^`shift`: [B, C], or [B, C, 1, 1] without `flatten`.
 
-    Raises `ValueError` for another number of pixels than `size` (H, W), which the factor is for.
+    Raises `ValueError` that names it (`name`, its place in the network) for another number of pixels than `size` (H, W),
+    which the shift is for.
     """
 
-    def __init__(self, size: tuple[int, int], flatten: bool):
+    def __init__(self, name: str, size: tuple[int, int], flatten: bool):
         super().__init__()
-        self.size, self.flatten = size, flatten
-        self.shift = (size[0] * size[1] - 1).bit_length()
+        self.name, self.size, self.flatten = name, size, flatten
+        self.shift = shift_of(size)
 
     def extra_repr(self) -> str:
         return f"size={self.size}, shift={self.shift}"
@@ -39,11 +40,26 @@ class ShiftAvgPool2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if tuple(x.shape[-2:]) != self.size:
             raise ValueError(
-                f"In the hardware profile the size of images is fixed: the last average is of {self.size[0]} x "
+                f"In the hardware profile the size of images is fixed: the average {self.name!r} is of {self.size[0]} x "
                 f"{self.size[1]} pixels, got {x.shape[-2]} x {x.shape[-1]}."
             )
         x = x.sum((2, 3), keepdim=not self.flatten)
         return x * 2.0**-self.shift
+
+
+def shift_of(size: Sequence[int]) -> int:
+    """The logarithm of the next power of two to the number of pixels of `size` (H, W)."""
+    return (size[0] * size[1] - 1).bit_length()
+
+
+def factor_of(size: Sequence[int]) -> float:
+    """What the weights behind an average over `size` (H, W) are multiplied with, from 1 up to 2."""
+    return 2 ** shift_of(size) / (size[0] * size[1])
+
+
+def average_sizes(network: nn.Module) -> dict[str, list[int]]:
+    """Name -> [H, W] of each average of `network` that is a shift."""
+    return {name: list(pool.size) for name, pool in network.named_modules() if isinstance(pool, ShiftAvgPool2d)}
 
 
 def fold_batch_norm(network: nn.Module, input_size: tuple[int, int, int]) -> nn.Module:
@@ -71,7 +87,7 @@ def fold_batch_norm(network: nn.Module, input_size: tuple[int, int, int]) -> nn.
     for node in graph.nodes:
         pool = modules.get(str(node.target)) if node.op == "call_module" else None
         if isinstance(pool, SelectAdaptivePool2d) and pool.pool_type in ("avg", "fast", "fastavg"):
-            _shift_pool(network, node, modules, input_size)
+            _shift_pool(network, node, modules, input_size, calls)
     return network
 
 
@@ -116,14 +132,21 @@ def _replace(network: nn.Module, name: str, module: nn.Module) -> None:
 
 @torch.no_grad()
 def _shift_pool(
-    network: nn.Module, node: fx.Node, modules: Mapping[str, nn.Module], input_size: tuple[int, int, int]
+    network: nn.Module,
+    node: fx.Node,
+    modules: Mapping[str, nn.Module],
+    input_size: tuple[int, int, int],
+    calls: Sequence[Any],
 ) -> None:
     name = str(node.target)
     pool: Any = modules[name]
-    height, width = _input_shape(network, name, input_size)[-2:]
-    shift_pool = ShiftAvgPool2d((height, width), flatten=not isinstance(pool.flatten, nn.Identity))
-    _replace(network, name, shift_pool)
-    factor = 2**shift_pool.shift / (height * width)
+    taken, given = _shapes(network, name, input_size)
+    if getattr(pool.pool, "dim", (2, 3)) != (2, 3) or any(n > 1 for n in given[2:]):
+        # Of channels-last images, or to several pixels: that has no such form.
+        return
+    height, width = taken[2:]
+    _replace(network, name, ShiftAvgPool2d(name, (height, width), flatten=len(given) == 2))
+    factor = factor_of((height, width))
     if factor == 1:
         return
     for target in _behind(node, modules):
@@ -132,6 +155,12 @@ def _shift_pool(
             raise ValueError(
                 f"The average {name!r} over {height} x {width} pixels cannot be a shift: {target!r} stands behind it. "
                 "Choose an image size that leaves a power of two of pixels."
+            )
+        if calls.count(target) > 1:
+            raise ValueError(
+                f"The average {name!r} over {height} x {width} pixels cannot be a shift: layer {target!r} behind it is used "
+                "elsewhere too, so its weights cannot take up the factor. Choose an image size that leaves a power of two "
+                "of pixels."
             )
         layer.weight.mul_(factor)
 
@@ -148,8 +177,9 @@ def _behind(node: fx.Node, modules: Mapping[str, nn.Module]) -> Iterator[str]:
             yield target
 
 
-def _input_shape(network: nn.Module, name: str, input_size: tuple[int, int, int]) -> torch.Size:
-    shapes: list[torch.Size] = []
-    handle = network.get_submodule(name).register_forward_pre_hook(lambda _, inputs: shapes.append(inputs[0].shape))
+def _shapes(network: nn.Module, name: str, input_size: tuple[int, int, int]) -> tuple[torch.Size, torch.Size]:
+    """Of what the module `name` takes and gives."""
+    shapes: list[tuple[torch.Size, torch.Size]] = []
+    handle = network.get_submodule(name).register_forward_hook(lambda _, x, y: shapes.append((x[0].shape, y.shape)))
     run_on_zeros(network, input_size, [handle])
     return shapes[0]

@@ -40,6 +40,8 @@ class SDQConfig(PretrainedConfig):
         scales (`str`): "float", or "power_of_two" for hardware that shifts where others multiply: the units of weights and
             inputs are powers of two, biases are whole numbers, and batch norm is folded into the layer before it, so the
             network is one without. See `SDQForImageClassification.to_hardware_profile`.
+        average_sizes (`dict[str, list[int]]`, *optional*): name of each global average pooling -> [height, width] of what it
+            averages; with scales of powers of two the weights behind it are for that size. The model sets it.
         activation_bits (`int`): bits of the inputs of all layers between the first and the last, 1 to 8, or 32 for float.
         first_last_bits (`int`): bits of weights and inputs of the first and last layer, 1 to 8, or 32 for float. Those
             layers are pinned (our interpretation of the paper).
@@ -62,6 +64,7 @@ class SDQConfig(PretrainedConfig):
         weight_grid: str = "midrise",
         weight_scale: str = "layer",
         scales: str = "float",
+        average_sizes: dict[str, list[int]] | None = None,
         activation_bits: int = 4,
         first_last_bits: int = 8,
         pins: dict[str, int] | None = None,
@@ -78,6 +81,7 @@ class SDQConfig(PretrainedConfig):
         self.weight_grid = weight_grid
         self.weight_scale = weight_scale
         self.scales = scales
+        self.average_sizes = average_sizes
         self.activation_bits = activation_bits
         self.first_last_bits = first_last_bits
         self.pins = {} if pins is None else pins
@@ -100,6 +104,7 @@ class SDQConfig(PretrainedConfig):
         for field, value in (("granularity", "kernel"), ("weight_scale", "channel")):
             if getattr(self, field) == value and self.weight_quantizer != "lsq":
                 raise ValueError(f"{field} {value!r} needs weight_quantizer 'lsq', got {self.weight_quantizer!r}.")
+        _check_average_sizes(self.average_sizes)
         _check_architecture(self.architecture)
         if self.base_model is not None and not isinstance(self.base_model, str):
             raise ValueError(f"base_model must be a Hub id, got {self.base_model!r}.")
@@ -181,6 +186,17 @@ _LARGEST_SIDE = 4096
 _LARGEST_HEAD = 1_000_000
 _INTERPOLATIONS = ("bilinear", "bicubic", "nearest", "lanczos", "box", "hamming", "random")
 _DTYPES = ("float32", "float16", "bfloat16", "float64", "auto")
+
+
+def _check_average_sizes(sizes: Any) -> None:
+    if sizes is None:
+        return
+    if not isinstance(sizes, Mapping) or len(sizes) > _MOST_PINS or not all(isinstance(name, str) for name in sizes):
+        raise ValueError(f"average_sizes must map names of poolings to [height, width], got {short(sizes)}.")
+    for name, size in sizes.items():
+        whole = isinstance(size, list | tuple) and len(size) == 2 and all(map(_is_whole, size))
+        if not whole or not all(1 <= n <= _LARGEST_ARGUMENT for n in size):
+            raise ValueError(f"average_sizes[{short(name)}] must be [height, width] in pixels, got {short(size)}.")
 
 
 def _check_architecture(name: Any) -> None:

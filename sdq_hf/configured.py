@@ -9,7 +9,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from .backbones import create_backbone
-from .batch_norm import fold_batch_norm
+from .batch_norm import average_sizes, factor_of, fold_batch_norm
 from .configuration_sdq import SDQConfig
 from .folding import fold, folded_state
 from .layers import count_macs, own_forward, quantizable_layers
@@ -37,6 +37,23 @@ def _formed(config: SDQConfig, network: nn.Module) -> nn.Module:
 def timm_backbone(config: SDQConfig) -> nn.Module:
     """The network of `config` as timm makes it."""
     return create_backbone(config.architecture, pretrained=False, num_classes=config.num_labels, **config.model_args)
+
+
+def fitting_average_sizes(config: SDQConfig, network: nn.Module) -> dict[str, list[int]] | None:
+    """Name -> [H, W] of each average of `network` that is a shift; None for one without.
+
+    Raises `ValueError` where the weights that `config` is for make up for another shift than that of its images.
+    """
+    found = average_sizes(network)
+    for name, size in (config.average_sizes or {}).items():
+        if name in found and factor_of(size) != factor_of(found[name]):
+            raise ValueError(
+                f"{config.architecture}: the weights behind the average {name!r} are for {size[0]} x {size[1]} pixels, and "
+                f"images of {config.input_size} (channels, height, width) leave {found[name][0]} x {found[name][1]}. In the "
+                "hardware profile the size of images is fixed: keep that of the file, or make the profile anew from the "
+                "model it was made from."
+            )
+    return found or None
 
 
 def initial_strategy(config: SDQConfig, network: nn.Module) -> Strategy:

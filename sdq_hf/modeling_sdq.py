@@ -18,7 +18,14 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from .backbones import create_backbone, hub_id, pretrained_labels, set_grad_checkpointing
 from .checkpoint import DIGEST
 from .configuration_sdq import SDQConfig
-from .configured import configured_backbone, configured_state, fitting_strategy, initial_strategy, timm_backbone
+from .configured import (
+    configured_backbone,
+    configured_state,
+    fitting_average_sizes,
+    fitting_strategy,
+    initial_strategy,
+    timm_backbone,
+)
 from .hf_quantizer import SDQHfQuantizer, SDQQuantizationConfig
 from .layers import (
     QuantizedLayer,
@@ -55,6 +62,7 @@ class SDQForImageClassification(PackedFilesMixin):
     def __init__(self, config: SDQConfig):
         super().__init__(config)
         self.timm_model = configured_backbone(config)
+        config.average_sizes = fitting_average_sizes(config, self.timm_model)
         # Layers that a loaded file cannot fill, since the number of classes was changed: names as in `named_modules()`.
         self.new_layers: list[str] = []
         if config.strategy is None:

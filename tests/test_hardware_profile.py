@@ -1,16 +1,18 @@
 """The hardware profile of a model: no batch norm, scales of powers of two, integer biases."""
 
+import copy
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from timm.layers import BatchNormAct2d
+from timm.layers import BatchNormAct2d, SelectAdaptivePool2d
 from torch import nn
 
 from sdq_hf import SDQConfig, SDQForImageClassification
 from sdq_hf.backbones import create_backbone
 from sdq_hf.batch_norm import ShiftAvgPool2d, fold_batch_norm
+from sdq_hf.export.lower import integer_network
 from sdq_hf.quantizers.power_of_two import exponent
 from sdq_hf.search import search
 
@@ -84,6 +86,29 @@ def test_an_average_that_is_the_output_must_be_a_shift():
         fold_batch_norm(create_backbone("resnet8_cifar", num_classes=0), (3, 24, 24))
 
 
+@pytest.mark.parametrize("pool_type", ["fast", "fastavg", "avg"])
+@pytest.mark.parametrize("flatten", [True, False])
+def test_each_form_of_timms_average_is_a_shift(pool_type: str, flatten: bool):
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), SelectAdaptivePool2d(1, pool_type, flatten), nn.Conv2d(4, 5, 1))
+    if flatten:
+        network[2] = nn.Linear(4, 5)
+    images = torch.randn(2, 3, 5, 6)
+    with torch.no_grad():
+        expected = network(images)
+        torch.testing.assert_close(fold_batch_norm(network, (3, 5, 6))(images), expected)
+    assert isinstance(network[1], ShiftAvgPool2d)
+
+
+@pytest.mark.parametrize(
+    "pool", [SelectAdaptivePool2d(2, "avg"), SelectAdaptivePool2d(1, "fast", input_fmt="NHWC")], ids=["2 x 2", "NHWC"]
+)
+def test_other_averages_are_left_as_they_are(pool: nn.Module):
+    network, images = nn.Sequential(nn.Conv2d(3, 6, 1), pool), torch.randn(2, 3, 6, 6)
+    with torch.no_grad():
+        expected = network(images)
+        assert torch.equal(fold_batch_norm(network, (3, 6, 6))(images), expected)
+
+
 def test_what_timm_has_inside_a_batch_norm_stays():
     network = create_backbone("resnet8_cifar", num_classes=5)
     network.bn1 = trained_looks(BatchNormAct2d(16, drop_layer=partial(nn.Dropout2d, 0.5))).eval()
@@ -97,8 +122,66 @@ def test_what_timm_has_inside_a_batch_norm_stays():
 def test_an_image_of_another_size_than_that_of_the_average_is_refused():
     model, images = model_of(size=28)
     profile = model.to_hardware_profile([images])
-    with pytest.raises(ValueError, match="the last average is of 7 x 7 pixels, got 8 x 8"):
+    with pytest.raises(ValueError, match="the average 'global_pool' is of 7 x 7 pixels, got 8 x 8"):
         profile(torch.randn(1, 3, 32, 32))
+
+
+def test_weights_for_one_size_are_those_for_another_with_the_same_odd_factor_of_pixels():
+    """7 x 7 and 14 x 14: the network folded for 28 pixels has the function of the float one on images of 56."""
+    torch.manual_seed(0)
+    source = trained_looks(create_backbone("resnet8_cifar", num_classes=5)).double().eval()
+    small, large = (fold_batch_norm(copy.deepcopy(source), (3, size, size)) for size in (28, 56))
+    large.load_state_dict(small.state_dict())
+    images = torch.randn(2, 3, 56, 56, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(large(images), source(images), rtol=1e-9, atol=1e-9)
+
+
+def test_a_file_is_loaded_for_images_of_another_size_only_where_its_weights_are_right_for_it(tmp_path: Path):
+    model, images = model_of(size=28)
+    profile = model.to_hardware_profile([images]).eval()
+    profile.save_pretrained(tmp_path / "28", print_size=False)
+
+    def load(folder: str, size: int) -> SDQForImageClassification:
+        changed = {**profile.config.pretrained_cfg, "input_size": [3, size, size]}
+        return SDQForImageClassification.from_pretrained(tmp_path / folder, pretrained_cfg=changed)
+
+    with pytest.raises(ValueError, match=r"average 'global_pool' are for 7 x 7 pixels, .*\(3, 24, 24\).* leave 6 x 6"):
+        load("28", 24)
+    larger, pixels = load("28", 56), torch.randn(4, 3, 56, 56)
+    with torch.no_grad():
+        assert torch.equal(integer_network(larger).logits(pixels), larger(pixels).logits.double())
+        larger.save_pretrained(tmp_path / "56", print_size=False)
+        assert torch.equal(load("56", 28)(images).logits, profile(images).logits)
+    with pytest.raises(ValueError, match="are for 14 x 14 pixels"):
+        load("56", 24)
+
+
+class TwoHeads(nn.Module):
+    """A layer that takes an average and something else, or two averages."""
+
+    def __init__(self, second: str):
+        super().__init__()
+        self.conv, self.second, self.head = nn.Conv2d(3, 4, 3, padding=1), second, nn.Linear(4, 5)
+        self.pool, self.other = SelectAdaptivePool2d(flatten=True), SelectAdaptivePool2d(flatten=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv(x)
+        second = x[:, :, 0, 0] if self.second == "pixel" else getattr(self, self.second)(x.relu())
+        return self.head(self.pool(x)) + self.head(second)
+
+
+@pytest.mark.parametrize("second", ["other", "pool", "pixel"])
+def test_a_layer_that_takes_an_average_and_something_else_takes_no_factor(second: str):
+    """It would take that of each average, for all that it computes."""
+    network, images = TwoHeads(second).eval(), torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        expected = network(images)
+        torch.testing.assert_close(fold_batch_norm(copy.deepcopy(network), (3, 8, 8))(images), expected)
+    with pytest.raises(
+        ValueError, match=r"'(pool|other)' over 7 x 7 .* a shift: layer 'head' behind it is used elsewhere"
+    ):
+        fold_batch_norm(network, (3, 7, 7))
 
 
 def test_the_profile_has_the_strategy_and_nearly_the_function_of_its_model():
@@ -168,3 +251,18 @@ def test_a_profile_has_no_profile():
 def test_scales_are_checked():
     with pytest.raises(ValueError, match="scales must be one of float, power_of_two, got 'powers'"):
         SDQConfig(scales="powers")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"global_pool": [7]}, r"average_sizes\['global_pool'\] must be \[height, width\] in pixels, got \[7\]"),
+        ({"global_pool": [7, 0]}, r"got \[7, 0\]"),
+        ({"global_pool": [7, 10**9]}, "must be"),
+        ({3: [7, 7]}, "must map names of poolings"),
+        ([7, 7], "must map names of poolings"),
+    ],
+)
+def test_average_sizes_are_checked(sizes, message: str):
+    with pytest.raises(ValueError, match=message):
+        SDQConfig(average_sizes=sizes)

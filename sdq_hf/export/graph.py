@@ -262,12 +262,20 @@ class IntegerNetwork:
     def layers(self) -> dict[str, Layer]:
         return {node.name: node for node in self.nodes if isinstance(node, Layer)}
 
+    def check_images(self, pixel_values: Tensor) -> None:
+        """`ValueError` for images of another size than the network's."""
+        shape = tuple(pixel_values.shape)
+        if len(shape) != 4 or shape[1:] != tuple(self.input_size):
+            expected = ", ".join(map(str, self.input_size))
+            raise ValueError(f"{self.architecture} takes images [B, {expected}], got {list(shape)}.")
+
     @torch.no_grad()
     def run(self, pixel_values: Tensor, keep: bool = False) -> dict[str, Tensor]:
         """Images as the model takes them (float32 [B, C, H, W]) -> the integers of the logits under the last node's name.
 
-        keep: those of every node. int64 on the device of the images.
+        keep: those of every node. int64 on the device of the images. Raises `ValueError` for images of another size.
         """
+        self.check_images(pixel_values)
         values: dict[str, Tensor] = {IMAGE: pixel_values}
         left = Counter(name for node in self.nodes for name in node.inputs)
         for node in self.nodes:

@@ -126,7 +126,7 @@ class Emulation:
     def __init__(self, project: str | Path, network: IntegerNetwork, timeout: float | None = None):
         if shutil.which("g++") is None:
             raise ExportError("The emulation of an hls4ml project needs g++, which is not installed.")
-        self._inputs, self._output = len(_first_roundings(network)), network.output
+        self._network, self._inputs = network, len(_first_roundings(network))
         self._folder = tempfile.TemporaryDirectory(prefix="sdq-hls-")
         copy = Path(self._folder.name) / "project"
         shutil.copytree(project, copy)
@@ -148,7 +148,9 @@ class Emulation:
 
     def __call__(self, images: Tensor) -> np.ndarray:
         """Images (float32 [B, C, H, W]) -> logits (float64 [B, num_labels])."""
-        logits = np.zeros((len(images), *self._output.shape))
+        # The C++ reads as many numbers as its network has pixels, whatever there is.
+        self._network.check_images(images)
+        logits = np.zeros((len(images), *self._network.output.shape))
         pixels = np.ascontiguousarray(images.double().numpy().transpose(0, 2, 3, 1))
 
         def run() -> None:

@@ -58,10 +58,14 @@ def integer_network(model: SDQForImageClassification) -> IntegerNetwork:
     network = model.timm_model
     graph = fx.GraphModule(network, trace(network))
     graph.graph.eliminate_dead_code()
-    image = torch.zeros(1, *model.config.input_size, device=model.device)
+    image = torch.zeros(1, *model.config.input_size, device=model.device, dtype=model.dtype)
     training = network.training
     try:
+        # In the model's own words what its images cannot be: ShapeProp would wrap and print it.
+        network.eval()(image)
         ShapeProp(graph.eval()).propagate(image)
+    except ValueError as error:
+        raise ExportError(str(error)) from error
     finally:
         network.train(training)
     return _Lowering(model, graph).network()

@@ -49,6 +49,7 @@ def ranges(network: IntegerNetwork, batches: Iterable[Any]) -> dict[str, tuple[f
     found: dict[str, tuple[float, float]] = {}
     for batch in batches:
         pixel_values: Tensor = batch["pixel_values"] if isinstance(batch, Mapping) else batch
+        network.check_images(pixel_values)
         for images in pixel_values.split(_IMAGES):
             values = {IMAGE: images}
             for node in network.nodes:

@@ -257,9 +257,12 @@ def test_an_emulation_has_room_for_large_layers(tmp_path: Path):
     )
     (tmp_path / "build_lib.sh").write_text("g++ -shared -fPIC large.cpp -o firmware/large.so")
     images = torch.randn(2, 2, 9, 7)
-    got = Emulation(tmp_path, handmade())(images)
+    emulation = Emulation(tmp_path, handmade())
+    got = emulation(images)
     # The pixels come row by row, the channels of each together.
     assert np.array_equal(got, images.double().permute(0, 2, 3, 1).flatten(1)[:, :5].numpy())
+    with pytest.raises(ValueError, match=r"takes images \[B, 2, 9, 7\], got \[2, 2, 9, 6\]"):
+        emulation(images[..., :6])
 
 
 @compiled

@@ -147,6 +147,24 @@ def test_a_convolution_is_a_plain_loop_over_integers():
                 assert int(got[o, row, column]) == total << (node.exponents[o] - min(node.exponents))
 
 
+@pytest.mark.parametrize("size", [8, 24, 32, 64])
+def test_images_of_another_size_are_refused(size: int):
+    """With strides and windows that lie side by side some would give logits, of a part of the image."""
+    network = integer_network(profile_of()[0])
+    message = rf"resnet8_cifar takes images \[B, 3, 16, 16\], got \[2, 3, {size}, {size}\]"
+    with pytest.raises(ValueError, match=message):
+        network.logits(torch.randn(2, 3, size, size))
+
+
+def test_a_model_whose_size_of_images_was_changed_is_refused():
+    model, _ = profile_of()
+    model.config.pretrained_cfg["input_size"] = [3, 24, 24]
+    with pytest.raises(
+        ExportError, match="size of images is fixed: the average 'global_pool' is of 4 x 4 pixels, got 6"
+    ):
+        integer_network(model)
+
+
 def test_a_model_that_is_not_in_the_profile_is_refused():
     model, _ = model_of()
     with pytest.raises(ExportError, match="not in the hardware profile: its scales are floats"):
