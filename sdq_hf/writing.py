@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -58,6 +59,37 @@ def write_beside(path: str | Path, write: Callable[[Path], Any]) -> None:
         with beside.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(beside, path)
+
+
+@contextmanager
+def folder_beside(path: Path) -> Iterator[Path]:
+    """An empty folder to write in, until `replace_folder` makes it `path`; it is on the same disk.
+
+    It stands in one with a name that is free, beside `path`, which is removed at the end with all that is left in it.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = tempfile.TemporaryDirectory(prefix=f"{path.name}.new-", dir=path.parent)
+    except OSError as error:
+        raise WriteError(f"{path} cannot be written: {error.strerror}{_room(path)}") from error
+    with scratch as parent:
+        # Made as folders are made here: temporary ones are closed to others.
+        beside = Path(parent) / path.name
+        beside.mkdir()
+        yield beside
+
+
+def replace_folder(beside: Path, path: Path) -> None:
+    """Put the folder `beside`, of `folder_beside(path)`, in the place of `path`; what was there goes with the scratch."""
+    old = beside.with_name(path.name + ".old")
+    if path.exists():
+        os.replace(path, old)
+    try:
+        os.replace(beside, path)
+    except BaseException:
+        if old.exists():
+            os.replace(old, path)
+        raise
 
 
 def write_text(path: str | Path, text: str) -> None:

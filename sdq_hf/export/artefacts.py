@@ -8,7 +8,6 @@ model.qonnx.onnx, hls4ml/, verilog/, ...  the exports asked for
 """
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..modeling_sdq import SDQForImageClassification
-from ..writing import remove, save_tensors, write_json, writing
+from ..writing import folder_beside, replace_folder, save_tensors, write_json
 from .graph import BATCH, IntegerNetwork, Layer, Quantize
 from .lower import ExportError, integer_network
 from .manifest import integers, manifest, versions
@@ -168,7 +167,8 @@ def export_model(
         say: called with a line about each step.
 
     Gives what stands in verification.json. Raises `ExportError` for what cannot be exported, and `VerificationError` where
-    an export does not compute the integers: then nothing is left in `folder` but verification.json, in FOLDER.failed.
+    an export does not compute the integers: then `folder` is left as it was, and the report of what differs is in a folder of
+    its own beside it, which the error names.
     """
     check_targets(targets)
     _check_images(images, labels, model.config.input_size)
@@ -176,16 +176,8 @@ def export_model(
     folder = Path(folder).resolve()
     _check_folder(folder)
     network = integer_network(model)
-    beside, failed = (folder.with_name(folder.name + end) for end in (".new", ".failed"))
-    remove(beside)
-    remove(failed)
-    with writing(beside):
-        beside.mkdir(parents=True)
-    try:
+    with folder_beside(folder) as beside:
         return _export(model, network, beside, folder, targets, images, labels, calibration, verify, say)
-    except BaseException:
-        remove(beside)
-        raise
 
 
 def _check_folder(folder: Path) -> None:
@@ -238,17 +230,15 @@ def _export(
     if verify:
         report = _verification(model, network, written, images, labels, say)
     if report.get("failed"):
-        failed = folder.with_name(folder.name + ".failed")
-        write_json(failed / "verification.json", report)
+        failed = Path(tempfile.mkdtemp(prefix=f"{folder.name}.failed-", dir=folder.parent)) / "verification.json"
+        write_json(failed, report)
         raise VerificationError(
-            f"Not the integers of the model: {', '.join(report['failed'])}. Nothing was exported; "
-            f"{failed / 'verification.json'} has the numbers."
+            f"Not the integers of the model: {', '.join(report['failed'])}. Nothing was exported; {failed} has the numbers."
         )
     write_json(beside / "verification.json", report)
     files = {path.relative_to(beside).as_posix(): path for path in sorted(beside.rglob("*")) if path.is_file()}
     write_json(beside / "manifest.json", manifest(network, model.strategy, files))
-    remove(folder)
-    os.replace(beside, folder)
+    replace_folder(beside, folder)
     return report
 
 

@@ -5,7 +5,6 @@ and the range of a node: nothing is rounded or cut off but in `Quantize`, whose 
 """
 
 import ctypes
-import os
 import re
 import resource
 import shutil
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from ..quantizers.activation import activation_range
 from ..quantizers.weight import to_channels
-from ..writing import remove, writing
+from ..writing import folder_beside, replace_folder, writing
 from .graph import (
     FLOAT64_EXACT,
     IMAGE,
@@ -42,6 +41,8 @@ from .optional import needed
 
 # The name of the files and of the top function.
 PROJECT = "sdq"
+# Where hls4ml keeps what a project was made with.
+_NOTES = "hls4ml_config.yml"
 # Bytes of stack of an emulation; they are only taken where they are used.
 _STACK = 2**30
 # hls4ml 1.3 has this for arrays, and not for streams; projects take it in their own copy of its header.
@@ -87,11 +88,10 @@ def export_hls(network: IntegerNetwork, folder: str | Path, reuse_factor: int = 
     from hls4ml.utils.config import create_config
 
     writer = _Writer(network)
-    folder = Path(folder)
-    beside = folder.with_name(folder.name + ".new")
-    remove(beside)
-    with writing(beside):
-        beside.mkdir(parents=True)
+    folder = Path(folder).resolve()
+    if folder.exists() and not (folder / _NOTES).exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ExportError(f"{folder} holds something else than an earlier hls4ml project: choose another folder.")
+    with folder_beside(folder) as beside, writing(beside):
         config = create_config(output_dir=str(beside), project_name=PROJECT, backend="Vitis", io_type="io_stream")
         config["HLSConfig"] = {
             "Model": {
@@ -109,10 +109,9 @@ def export_hls(network: IntegerNetwork, folder: str | Path, reuse_factor: int = 
         front, end, back = header.read_text().rpartition("} // namespace nnet")
         header.write_text(front + _RELU6 + end + back)
         # hls4ml notes where it wrote to.
-        notes = beside / "hls4ml_config.yml"
+        notes = beside / _NOTES
         notes.write_text(notes.read_text().replace(str(beside), "."))
-        remove(folder)
-        os.replace(beside, folder)
+        replace_folder(beside, folder)
 
 
 class Emulation:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -95,13 +96,15 @@ def test_an_export_that_is_not_the_integers_leaves_nothing(tmp_path: Path, monke
     monkeypatch.setitem(artefacts.TARGETS, "wrong", wrong)
     export_model(model, tmp_path / "out", [], images)
     before = sorted(path.name for path in (tmp_path / "out").iterdir())
-    with pytest.raises(VerificationError, match="Not the integers of the model: wrong"):
+    with pytest.raises(VerificationError, match="Not the integers of the model: wrong") as error:
         export_model(model, tmp_path / "out", ["wrong"], images)
     # The earlier export is what it was.
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == before
-    assert {path.name for path in tmp_path.iterdir()} == {"out", "out.failed"}
-    assert [path.name for path in (tmp_path / "out.failed").iterdir()] == ["verification.json"]
-    report = json.loads((tmp_path / "out.failed" / "verification.json").read_text())
+    (failed,) = tmp_path.glob("out.failed-*")
+    assert {path.name for path in tmp_path.iterdir()} == {"out", failed.name}
+    assert [path.name for path in failed.iterdir()] == ["verification.json"]
+    assert str(failed / "verification.json") in str(error.value)
+    report = json.loads((failed / "verification.json").read_text())
     assert report["failed"] == ["wrong"]
 
 
@@ -190,6 +193,53 @@ def test_a_folder_with_something_else_in_it_is_left_alone(tmp_path: Path):
     with pytest.raises(ExportError, match=r"out holds 'mine\.txt' beside an earlier export"):
         export_model(model, tmp_path / "out", [], images)
     assert (tmp_path / "out" / "mine.txt").read_text() == (tmp_path / "mine.txt").read_text() == "keep me"
+
+
+def test_what_stands_beside_a_folder_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    model, images = profile_of()
+    monkeypatch.setitem(artefacts.TARGETS, "wrong", wrong)
+    for end in ("new", "failed", "old"):
+        (tmp_path / f"out.{end}").mkdir()
+        (tmp_path / f"out.{end}" / "mine.txt").write_text(end)
+    export_model(model, tmp_path / "out", [], images)
+    for _ in range(2):
+        with pytest.raises(VerificationError):
+            export_model(model, tmp_path / "out", ["wrong"], images)
+    for end in ("new", "failed", "old"):
+        assert (tmp_path / f"out.{end}" / "mine.txt").read_text() == end
+    # A report for each failure, the export, and no half of one.
+    assert len(list(tmp_path.glob("out.failed-*/verification.json"))) == 2
+    assert len(list(tmp_path.iterdir())) == 6
+
+
+def test_an_export_that_cannot_be_put_in_its_place_leaves_the_earlier_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    model, images = profile_of()
+    export_model(model, tmp_path / "out", [], images[:4])
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    replace, moved = os.replace, []
+
+    def fail_for_the_new_one(source, target):
+        if Path(target) == tmp_path / "out" and not moved:
+            moved.append(source)
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fail_for_the_new_one)
+    with pytest.raises(OSError, match="No space left"):
+        export_model(model, tmp_path / "out", [], images)
+    assert moved
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_folder_is_open_to_those_that_folders_are_open_to(tmp_path: Path):
+    """Not like a temporary one."""
+    model, images = profile_of()
+    export_model(model, tmp_path / "out", [], images)
+    (tmp_path / "plain").mkdir()
+    assert (tmp_path / "out").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 def test_a_folder_may_be_a_link_or_the_present_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -229,6 +229,17 @@ def test_what_hls4ml_has_no_exact_form_of_is_refused_by_name(tmp_path: Path, net
     assert not list(tmp_path.iterdir())
 
 
+def test_a_project_takes_the_place_of_an_earlier_one_and_of_nothing_else(tmp_path: Path):
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project" / "mine.txt").write_text("keep me")
+    with pytest.raises(ExportError, match="project holds something else than an earlier hls4ml project"):
+        export_hls(handmade(), tmp_path / "project")
+    assert (tmp_path / "project" / "mine.txt").read_text() == "keep me"
+    for reuse_factor in (1, 2):
+        export_hls(handmade(), tmp_path / "other", reuse_factor)
+    assert {path.name for path in tmp_path.iterdir()} == {"project", "other"}
+
+
 def test_a_type_that_is_not_the_one_asked_for_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     from hls4ml.model.graph import ModelGraph
 
