@@ -21,7 +21,7 @@ from torch import Tensor
 from sdq_hf import SDQForImageClassification
 from sdq_hf.checkpoint import digest
 from sdq_hf.export.graph import IntegerNetwork
-from sdq_hf.export.hls import Emulation, export_hls
+from sdq_hf.export.hls import Emulation, HLSOptions, export_hls
 from sdq_hf.export.images import real_images
 from sdq_hf.export.lower import integer_network
 from sdq_hf.export.manifest import integers, versions
@@ -92,7 +92,7 @@ def _line(row: dict[str, Any]) -> str:
 
 def measure(network: IntegerNetwork, images: Tensor, options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
-        export_hls(network, Path(folder) / "project", options.reuse_factor)
+        export_hls(network, Path(folder) / "project", HLSOptions(options.reuse_factor))
         emulation = Emulation(Path(folder) / "project", network, options.timeout)
     control, _ = with_one_weight_changed(network, images)
     sets = cases(network, control, images)

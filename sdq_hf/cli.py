@@ -119,6 +119,11 @@ def _parser() -> argparse.ArgumentParser:
         default=True,
         help="Compare the exports with the integers; on by default.",
     )
+    hls = export.add_argument_group("hls4ml", "How the target hls4ml is built; its numbers stay the same.")
+    hls.add_argument("--reuse-factor", type=int, default=1, help="Multiplications that share a multiplier; default: 1.")
+    hls.add_argument("--strategy", help="latency or resource; default: resource from a reuse factor of 2 on.")
+    hls.add_argument("--part", help="Device; default: hls4ml's.")
+    hls.add_argument("--clock-period", type=float, metavar="NS", help="Nanoseconds; default: hls4ml's.")
     export.set_defaults(run=_export)
     return parser
 
@@ -194,10 +199,16 @@ def _export(options: argparse.Namespace) -> int:
     import datasets
 
     from .export.artefacts import check_targets, export_model
+    from .export.hls import HLSOptions
     from .export.images import real_images
     from .modeling_sdq import SDQForImageClassification
 
     check_targets(options.to)
+    hls = HLSOptions(options.reuse_factor, options.strategy, options.part, options.clock_period)
+    if hls != HLSOptions() and "hls4ml" not in options.to:
+        raise ValueError(
+            "--reuse-factor, --strategy, --part and --clock-period are for the target hls4ml: add it to --to."
+        )
     if options.images < 1:
         raise ValueError(f"--images must be at least 1, got {options.images}.")
     name, revision = _split(options.model)
@@ -207,7 +218,7 @@ def _export(options: argparse.Namespace) -> int:
     known = labels if classes == model.config.num_labels else None
     if known is None:
         print(f"The data has {classes} classes, the model {model.config.num_labels}: no accuracy.")
-    report = export_model(model, options.output, options.to, images, known, calibration, options.verify, say=print)
+    report = export_model(model, options.output, options.to, images, known, calibration, options.verify, print, hls)
     print(f"Exported {', '.join(options.to)} to {options.output}" + ("" if report["verified"] else ", not verified"))
     return 0
 

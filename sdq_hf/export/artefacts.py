@@ -11,7 +11,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
@@ -24,6 +24,7 @@ from torch import Tensor
 from ..modeling_sdq import SDQForImageClassification
 from ..writing import folder_beside, replace_folder, save_tensors, write_json
 from .graph import BATCH, IntegerNetwork, Layer, Quantize
+from .hls import Emulation, HLSOptions, export_hls
 from .lower import ExportError, integer_network
 from .manifest import integers, manifest, versions
 from .optional import needed
@@ -36,15 +37,27 @@ class VerificationError(ExportError):
 
 
 @dataclass(frozen=True)
+class Settings:
+    """What a target may need beside the network: images to fit ranges to (float32 [B, C, H, W]), and hls4ml's options."""
+
+    calibration: Tensor
+    hls: HLSOptions
+
+
+@dataclass(frozen=True)
 class Written:
-    """What a target has left: how to run it, and what is claimed of it. most_images: so many are enough, as it is slow."""
+    """What a target has left: how to run it, and what is claimed of it.
+
+    most_images: so many are enough, as it is slow. facts: what it was written with, for the manifest.
+    """
 
     run: Runner
     exact: bool = True
     most_images: int | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
-def _qonnx(network: IntegerNetwork, folder: Path, calibration: Tensor) -> Written:
+def _qonnx(network: IntegerNetwork, folder: Path, settings: Settings) -> Written:
     needed("onnx", "fpga")
     from .qonnx import export_qonnx, run_qonnx
 
@@ -53,7 +66,7 @@ def _qonnx(network: IntegerNetwork, folder: Path, calibration: Tensor) -> Writte
     return Written(lambda batch: run_qonnx(path, batch), most_images=64)
 
 
-def _onnx(network: IntegerNetwork, folder: Path, calibration: Tensor) -> Written:
+def _onnx(network: IntegerNetwork, folder: Path, settings: Settings) -> Written:
     needed("onnx", "onnx")
     needed("onnxruntime", "onnx")
     from .onnx_qdq import export_onnx
@@ -64,13 +77,13 @@ def _onnx(network: IntegerNetwork, folder: Path, calibration: Tensor) -> Written
     return Written(lambda batch: run_onnx(path, batch), exact=not network.inexact_in_float32())
 
 
-def _onnx_int8(network: IntegerNetwork, folder: Path, calibration: Tensor) -> Written:
+def _onnx_int8(network: IntegerNetwork, folder: Path, settings: Settings) -> Written:
     needed("onnx", "onnx")
     needed("onnxruntime", "onnx")
     from .onnx_int8 import export_onnx_int8
 
     path = folder / "model.int8.onnx"
-    export_onnx_int8(network, path, [calibration])
+    export_onnx_int8(network, path, [settings.calibration])
     # Every tensor has 8 bits there, and the kernels that are worth it are fused.
     return Written(lambda batch: run_onnx(path, batch, fused=True), exact=False)
 
@@ -90,7 +103,7 @@ def run_onnx(path: Path, images: Tensor, fused: bool = False) -> np.ndarray:
     return np.concatenate([session.run(None, {source: part.numpy()})[0] for part in images.split(BATCH)])
 
 
-def _verilog(network: IntegerNetwork, folder: Path, calibration: Tensor) -> Written:
+def _verilog(network: IntegerNetwork, folder: Path, settings: Settings) -> Written:
     """The classifier as a Verilog module; what stands before it is computed by the integers when it is simulated."""
     from .verilog import find_simulator, simulate_dense, write_dense
 
@@ -118,18 +131,16 @@ def _verilog(network: IntegerNetwork, folder: Path, calibration: Tensor) -> Writ
     return Written(run, most_images=1000)
 
 
-def _hls4ml(network: IntegerNetwork, folder: Path, calibration: Tensor) -> Written:
-    from .hls import Emulation, export_hls
-
+def _hls4ml(network: IntegerNetwork, folder: Path, settings: Settings) -> Written:
     project = folder / "hls4ml"
-    export_hls(network, project)
+    facts = export_hls(network, project, settings.hls)
     # Compiled when it is run: a project that is not verified needs no compiler.
     emulation = cache(lambda: Emulation(project, network))
-    return Written(lambda batch: emulation()(batch), most_images=256)
+    return Written(lambda batch: emulation()(batch), most_images=256, facts=facts)
 
 
-# What can be exported: (network, folder, images to calibrate with) -> what was written.
-TARGETS: dict[str, Callable[[IntegerNetwork, Path, Tensor], Written]] = {
+# What can be exported.
+TARGETS: dict[str, Callable[[IntegerNetwork, Path, Settings], Written]] = {
     "qonnx": _qonnx,
     "onnx": _onnx,
     "onnx-int8": _onnx_int8,
@@ -156,6 +167,7 @@ def export_model(
     calibration: Tensor | None = None,
     verify: bool = True,
     say: Callable[[str], Any] = lambda text: None,
+    hls: HLSOptions | None = None,
 ) -> Mapping[str, Any]:
     """Write the exports of `model`, which must be in the hardware profile, into `folder`, and compare them with the integers.
 
@@ -165,6 +177,7 @@ def export_model(
         calibration: images that exports which round more than the model fit their ranges to; default: the first `images`.
         verify: run each export on the images and on ones made to break it. Without it verification.json says so.
         say: called with a line about each step.
+        hls: options of the target hls4ml.
 
     Gives what stands in verification.json. Raises `ExportError` for what cannot be exported, and `VerificationError` where
     an export does not compute the integers: then `folder` is left as it was, and the report of what differs is in a folder of
@@ -177,7 +190,8 @@ def export_model(
     _check_folder(folder)
     network = integer_network(model)
     with folder_beside(folder) as beside:
-        return _export(model, network, beside, folder, targets, images, labels, calibration, verify, say)
+        settings = Settings(images[:BATCH] if calibration is None else calibration, hls or HLSOptions())
+        return _export(model, network, beside, folder, targets, images, labels, settings, verify, say)
 
 
 def _check_folder(folder: Path) -> None:
@@ -214,7 +228,7 @@ def _export(
     targets: Sequence[str],
     images: Tensor,
     labels: Tensor | None,
-    calibration: Tensor | None,
+    settings: Settings,
     verify: bool,
     say: Callable[[str], Any],
 ) -> Mapping[str, Any]:
@@ -225,7 +239,7 @@ def _export(
     written = {}
     for target in targets:
         say(f"{target}: writing")
-        written[target] = TARGETS[target](network, beside, images[:BATCH] if calibration is None else calibration)
+        written[target] = TARGETS[target](network, beside, settings)
     report: dict[str, Any] = {"verified": False, "versions": versions()}
     if verify:
         report = _verification(model, network, written, images, labels, say)
@@ -237,7 +251,8 @@ def _export(
         )
     write_json(beside / "verification.json", report)
     files = {path.relative_to(beside).as_posix(): path for path in sorted(beside.rglob("*")) if path.is_file()}
-    write_json(beside / "manifest.json", manifest(network, model.strategy, files))
+    facts = {target: dict(export.facts) for target, export in written.items()}
+    write_json(beside / "manifest.json", manifest(network, model.strategy, files, facts))
     replace_folder(beside, folder)
     return report
 

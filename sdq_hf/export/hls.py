@@ -12,6 +12,8 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,7 @@ from .optional import needed
 
 # The name of the files and of the top function.
 PROJECT = "sdq"
+_STRATEGIES = ("latency", "resource")
 # Where hls4ml keeps what a project was made with.
 _NOTES = "hls4ml_config.yml"
 # Bytes of stack of an emulation; they are only taken where they are used.
@@ -74,15 +77,45 @@ ReLU6ActLoop:
 """
 
 
-def export_hls(network: IntegerNetwork, folder: str | Path, reuse_factor: int = 1) -> None:
+@dataclass(frozen=True)
+class HLSOptions:
+    """How hls4ml is to build a network; none of it changes its numbers. Raises `ExportError` that names a wrong option.
+
+    reuse_factor: how many multiplications share a multiplier; hls4ml takes for each layer the nearest one that divides it.
+    strategy: "latency", which unrolls whole layers, or "resource"; None: resource from a reuse factor of 2 on.
+    part: name of the device, for the vendor's tool; None: hls4ml's default. clock_period: nanoseconds; None: its default.
+    """
+
+    reuse_factor: int = 1
+    strategy: str | None = None
+    part: str | None = None
+    clock_period: float | None = None
+
+    def __post_init__(self) -> None:
+        factor, clock = self.reuse_factor, self.clock_period
+        if not isinstance(factor, int) or isinstance(factor, bool) or factor < 1:
+            raise ExportError(f"reuse_factor must be a whole number of at least 1, got {factor!r}; the nearest is 1.")
+        if self.strategy not in (None, *_STRATEGIES):
+            near = get_close_matches(str(self.strategy).lower(), _STRATEGIES, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ExportError(f"strategy must be one of {', '.join(_STRATEGIES)}, got {self.strategy!r}.{hint}")
+        # It becomes a word of a Tcl script.
+        if self.part is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", str(self.part)):
+            raise ExportError(f"part must be the name of a device, such as xcvu13p-flga2577-2-e, got {self.part!r}.")
+        if clock is not None and not (isinstance(clock, int | float) and 0 < clock < float("inf")):
+            raise ExportError(f"clock_period must be a number of nanoseconds above 0, got {clock!r}.")
+
+
+def export_hls(network: IntegerNetwork, folder: str | Path, options: HLSOptions | None = None) -> dict[str, Any]:
     """Write an hls4ml project of `network` into `folder` (backend Vitis, io_stream).
 
     The top function takes a stream of the pixels of the image, as integers of the network's first rounding, and gives the
-    logits. reuse_factor: how many multiplications share a multiplier. At 1 hls4ml's strategy is "Latency", which unrolls
-    whole layers; above, it is "Resource".
+    logits. options: how it is built; default: those of `HLSOptions`.
 
+    Gives what was asked for and taken, as JSON can hold it; `reuse_factors` has those that hls4ml took for each layer.
     Raises `ExportError` where hls4ml is not installed, and for what it has no exact form of, by name.
     """
+    options = options or HLSOptions()
     needed("hls4ml", "fpga")
     from hls4ml.model.graph import ModelGraph
     from hls4ml.utils.config import create_config
@@ -92,13 +125,21 @@ def export_hls(network: IntegerNetwork, folder: str | Path, reuse_factor: int = 
     if folder.exists() and not (folder / _NOTES).exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ExportError(f"{folder} holds something else than an earlier hls4ml project: choose another folder.")
     with folder_beside(folder) as beside, writing(beside):
-        config = create_config(output_dir=str(beside), project_name=PROJECT, backend="Vitis", io_type="io_stream")
+        config = create_config(
+            output_dir=str(beside),
+            project_name=PROJECT,
+            backend="Vitis",
+            io_type="io_stream",
+            part=options.part,
+            clock_period=options.clock_period,
+        )
+        strategy = options.strategy or ("latency" if options.reuse_factor == 1 else "resource")
         config["HLSConfig"] = {
             "Model": {
                 # hls4ml asks for a default. Nothing has it: see `_Writer.check`.
                 "Precision": {"default": "fixed<2,1>"},
-                "ReuseFactor": reuse_factor,
-                "Strategy": "Latency" if reuse_factor == 1 else "Resource",
+                "ReuseFactor": options.reuse_factor,
+                "Strategy": strategy.capitalize(),
             },
             "LayerName": {name: {"Precision": types} for name, types in writer.types.items()},
         }
@@ -112,6 +153,15 @@ def export_hls(network: IntegerNetwork, folder: str | Path, reuse_factor: int = 
         notes = beside / _NOTES
         notes.write_text(notes.read_text().replace(str(beside), "."))
         replace_folder(beside, folder)
+    return {
+        "backend": "Vitis",
+        "io_type": "io_stream",
+        "strategy": strategy,
+        "reuse_factor": options.reuse_factor,
+        "reuse_factors": writer.reuse_factors(graph),
+        "part": config["Part"],
+        "clock_period": config["ClockPeriod"],
+    }
 
 
 class Emulation:
@@ -233,6 +283,11 @@ class _Writer:
                     got = layer.get_attr(f"{kind}_t").precision
                 if got != convert(asked):
                     raise ExportError(f"hls4ml gives {layer.name!r} a {kind} of type {got}, not {asked}.")
+
+    def reuse_factors(self, graph: Any) -> dict[str, int]:
+        """Layer of the network -> the reuse factor that hls4ml has taken for it."""
+        taken = {layer.name: layer.get_attr("reuse_factor") for layer in graph.get_layers()}
+        return {name: taken[self._names[name]] for name in self._network.layers}
 
     # Pieces ------------------------------------------------------------------------------------------------------
 

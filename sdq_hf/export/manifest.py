@@ -15,8 +15,15 @@ from .graph import IMAGE, IntegerNetwork, Layer
 _TOOLS = ("sdq-hf", "torch", "onnx", "onnxruntime", "qonnx", "hls4ml")
 
 
-def manifest(network: IntegerNetwork, strategy: Strategy, files: Mapping[str, Path]) -> dict[str, Any]:
+def manifest(
+    network: IntegerNetwork,
+    strategy: Strategy,
+    files: Mapping[str, Path],
+    targets: Mapping[str, Mapping[str, Any]],
+) -> dict[str, Any]:
     """Everything that defines the integers of `network`, as plain values; `files` by the names they go by, with their sha256.
+
+    targets: what was exported -> what it was written with.
 
     A value is `integer * 2^exponent`. Weights and biases are the tensors of `integers.safetensors`.
     """
@@ -52,6 +59,7 @@ def manifest(network: IntegerNetwork, strategy: Strategy, files: Mapping[str, Pa
             for node in network.nodes
         ],
         "inexact_in_float32": network.inexact_in_float32(),
+        "targets": dict(targets),
         "files": {name: sha256(path.read_bytes()) for name, path in files.items()},
         "versions": versions(),
     }

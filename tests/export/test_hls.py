@@ -18,8 +18,9 @@ from .test_lower import profile_of
 
 pytest.importorskip("hls4ml")
 
+from sdq_hf.cli import main
 from sdq_hf.export.artefacts import export_model
-from sdq_hf.export.hls import Emulation, export_hls, fixed
+from sdq_hf.export.hls import Emulation, HLSOptions, export_hls, fixed
 from sdq_hf.export.verify import made_images, with_one_weight_changed
 
 compiled = pytest.mark.skipif(shutil.which("g++") is None, reason="There is no g++.")
@@ -34,14 +35,34 @@ def assert_computes_the_integers(network: IntegerNetwork, project: Path, images:
     assert (got[: len(images)] != changed.logits(images).numpy()).any(1).sum() * 2 >= len(images)
 
 
+def assert_was_built_with(said: dict, project: Path, hls: HLSOptions, strategy: str) -> None:
+    """By what the C++ and the script for the vendor's tool say."""
+    header = (project / "firmware" / "parameters.h").read_text()
+    configs = re.findall(r"struct (\w+) : nnet::(?:dense|depthconv2d|conv2d)_config {(.*?)};", header, re.DOTALL)
+    taken = [int(n) for _, body in configs for n in re.findall(r"reuse_factor = (\d+);", body)]
+    strategies = {kind for _, body in configs for kind in re.findall(r"strategy = nnet::(\w+);", body)}
+    assert strategies == {strategy} == {said["strategy"]}
+    # Averages are layers of hls4ml too.
+    assert set(said["reuse_factors"].values()) <= set(taken)
+    assert said["reuse_factor"] == hls.reuse_factor
+    script = (project / "project.tcl").read_text()
+    assert f'set part "{said["part"]}"' in script
+    assert f"set clock_period {said['clock_period']}" in script
+    if hls.part is not None:
+        assert (said["part"], said["clock_period"]) == (hls.part, hls.clock_period)
+
+
 @compiled
 def test_a_residual_network_is_exported_and_verified(tmp_path: Path):
     model, images = profile_of("resnet8_cifar", 8)
-    report = export_model(model, tmp_path / "out", ["hls4ml"], images)
+    hls = HLSOptions(reuse_factor=6, part="xc7z020-clg400-1", clock_period=10)
+    report = export_model(model, tmp_path / "out", ["hls4ml"], images, hls=hls)
     found = [c for c in report["comparisons"] if c["what"] == "hls4ml"]
     assert [(c["images"], c["count"], c["equal"]) for c in found] == [("real", 8, True), ("made", 6, True)]
     assert found[0]["differ_from_control"] >= 4
-    files = json.loads((tmp_path / "out" / "manifest.json").read_text())["files"]
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert_was_built_with(manifest["targets"]["hls4ml"], tmp_path / "out" / "hls4ml", hls, "resource")
+    files = manifest["files"]
     assert {"hls4ml/build_lib.sh", "hls4ml/firmware/sdq.cpp"} <= set(files)
     # Sources alone, and nothing about where they were written.
     assert not [name for name in files if name.endswith((".so", ".o"))]
@@ -149,8 +170,65 @@ def test_what_no_small_network_has_computes_the_integers_too(tmp_path: Path):
     values = network.run(images, keep=True)
     for node in network.nodes:
         assert values[node.name].shape[1:] == node.shape, node.name
-    export_hls(network, tmp_path / "project", reuse_factor=2)
+    export_hls(network, tmp_path / "project", HLSOptions(reuse_factor=2))
     assert_computes_the_integers(network, tmp_path / "project", images)
+
+
+def test_each_layer_takes_the_nearest_reuse_factor_that_divides_it(tmp_path: Path):
+    network = handmade()
+    for strategy in ("resource", "latency", None):
+        hls = HLSOptions(reuse_factor=5, strategy=strategy)
+        said = export_hls(network, tmp_path / "project", hls)
+        assert_was_built_with(said, tmp_path / "project", hls, strategy or "resource")
+        for name, layer in network.layers.items():
+            # Of one pixel; groups are zeros among more weights.
+            products = layer.weight.numel() * layer.groups
+            assert said["reuse_factors"][name] == 5 or products % said["reuse_factors"][name] == 0, name
+    assert all(n > 1 for n in said["reuse_factors"].values())
+    said = export_hls(network, tmp_path / "project")
+    assert_was_built_with(said, tmp_path / "project", HLSOptions(), "latency")
+    assert set(said["reuse_factors"].values()) == {1}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"reuse_factor": 0}, "reuse_factor must be a whole number of at least 1, got 0; the nearest is 1"),
+        ({"reuse_factor": 2.0}, r"got 2\.0"),
+        ({"strategy": "resorce"}, "strategy must be one of latency, resource, got 'resorce'. Did you mean 'resource'"),
+        ({"part": 'x"; exec rm'}, "part must be the name of a device"),
+        ({"clock_period": 0.0}, "clock_period must be a number of nanoseconds above 0, got 0.0"),
+        ({"clock_period": float("nan")}, "got nan"),
+    ],
+)
+def test_options_that_hls4ml_cannot_have_are_refused_by_name(options: dict, message: str):
+    with pytest.raises(ExportError, match=message):
+        HLSOptions(**options)
+
+
+def test_the_command_takes_them_and_says_which_are_wrong(tmp_path: Path, capsys: pytest.CaptureFixture):
+    model, _ = profile_of("mobilenetv1_025_cifar", 8, model_args=SMALL_MOBILENET)
+    model.config.id2label = {i: str(i) for i in range(5)}
+    model.save_pretrained(tmp_path / "model", print_size=False)
+    command = [
+        "export",
+        str(tmp_path / "model"),
+        "--output",
+        str(tmp_path / "out"),
+        "--images",
+        "2",
+        "--no-verify",
+        "--to",
+    ]
+    assert main([*command, "hls4ml", "--reuse-factor", "0"]) == 2
+    assert "reuse_factor must be a whole number of at least 1, got 0" in capsys.readouterr().err
+    assert main([*command, "onnx", "--reuse-factor", "4"]) == 2
+    assert "are for the target hls4ml" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert main([*command, "hls4ml", "--reuse-factor", "4", "--strategy", "latency", "--clock-period", "2.5"]) == 0
+    said = json.loads((tmp_path / "out" / "manifest.json").read_text())["targets"]["hls4ml"]
+    assert (said["reuse_factor"], said["strategy"], said["clock_period"]) == (4, "latency", 2.5)
+    assert_was_built_with(said, tmp_path / "out" / "hls4ml", HLSOptions(4), "latency")
 
 
 @pytest.mark.parametrize("exponent", [-20, -3, 0, 4])
@@ -236,7 +314,7 @@ def test_a_project_takes_the_place_of_an_earlier_one_and_of_nothing_else(tmp_pat
         export_hls(handmade(), tmp_path / "project")
     assert (tmp_path / "project" / "mine.txt").read_text() == "keep me"
     for reuse_factor in (1, 2):
-        export_hls(handmade(), tmp_path / "other", reuse_factor)
+        export_hls(handmade(), tmp_path / "other", HLSOptions(reuse_factor))
     assert {path.name for path in tmp_path.iterdir()} == {"project", "other"}
 
 
