@@ -1,7 +1,7 @@
 """Put a quantized model in the hardware profile, train it there for a while, and say what that costs.
 
     python scripts/to_hardware.py --model runs/demo/models/sdq-bits-2 --output_dir runs/hardware
-    python scripts/to_hardware.py --model org/resnet18-sdq --dataset FOLDER_OR_HUB_ID --output_dir runs/hardware --epochs 2
+    python scripts/to_hardware.py --model org/resnet18-sdq@w2 --dataset FOLDER_OR_HUB_ID --output_dir runs/hardware --epochs 2
 
 In the profile batch norm is folded, scales are powers of two, biases are whole numbers. The model learns there from the
 outputs of the model that it was made from (or of `--teacher`, a file of float weights); bits stay what they are. It is saved
@@ -24,6 +24,7 @@ from torch import nn
 
 from sdq_hf import SDQForImageClassification
 from sdq_hf.backbones import create_backbone
+from sdq_hf.cli import name_and_revision
 from sdq_hf.export.lower import integer_network
 from sdq_hf.training.arguments import ArgumentError, DataArguments, parse_groups
 from sdq_hf.training.evaluation import evaluate
@@ -36,7 +37,7 @@ from sdq_hf.writing import remove, write_json
 
 @dataclass
 class HardwareArguments:
-    model: str = field(metadata={"help": "Folder or Hub id of a quantized model."})
+    model: str = field(metadata={"help": "Folder or Hub id of a quantized model; a revision may follow after @."})
     output_dir: str = field(metadata={"help": "Folder for the model in the profile."})
     teacher: str | None = field(
         default=None, metadata={"help": "File with float weights of the same network to learn from."}
@@ -71,7 +72,8 @@ def run(options: HardwareArguments, data: DataArguments, training: OptimizerArgu
     accelerator = Accelerator(cpu=options.cpu)
     if Path(options.output_dir).resolve() == Path(options.model).resolve():
         raise ValueError(f"--output_dir {options.output_dir} is the folder of the model itself: choose another one.")
-    model = SDQForImageClassification.from_pretrained(options.model).eval().to(accelerator.device)
+    name, revision = name_and_revision(options.model)
+    model = SDQForImageClassification.from_pretrained(name, revision=revision).eval().to(accelerator.device)
     loaders = load(model, options, data, accelerator)
     teacher: nn.Module = model
     if options.teacher:

@@ -211,7 +211,7 @@ def _export(options: argparse.Namespace) -> int:
         )
     if options.images < 1:
         raise ValueError(f"--images must be at least 1, got {options.images}.")
-    name, revision = _split(options.model)
+    name, revision = name_and_revision(options.model)
     model = SDQForImageClassification.from_pretrained(name, revision=revision).eval()
     datasets.disable_progress_bars()
     images, labels, calibration, classes = real_images(model, options.dataset, options.data_dir, options.images)
@@ -229,7 +229,8 @@ def _bits(layer: LayerBits | None) -> str:
     return f"W{bits_text(layer.weight_bits)} A{bits_text(layer.activation_bits)}"
 
 
-def _split(model: str) -> tuple[str, str | None]:
+def name_and_revision(model: str) -> tuple[str, str | None]:
+    """Of a folder, a Hub id, or `ID@REVISION`. Raises `ValueError` for a folder with a revision."""
     if os.path.isdir(model):
         return model, None
     name, _, revision = model.partition("@")
@@ -239,7 +240,7 @@ def _split(model: str) -> tuple[str, str | None]:
 
 
 def _config(model: str) -> SDQConfig:
-    name, revision = _split(model)
+    name, revision = name_and_revision(model)
     config = AutoConfig.from_pretrained(name, revision=revision)
     if not isinstance(config, SDQConfig):
         raise ValueError(f"{model} is a model of type {config.model_type!r}, not 'sdq'.")
@@ -266,7 +267,7 @@ def _float_bytes(strategy: Strategy, files: Mapping[str, tuple[int, Mapping[str,
 
 def _tensors(model: str) -> dict[str, tuple[int, Mapping[str, int]]]:
     """File -> its size in bytes, and tensor -> number of values; from the headers alone."""
-    name, revision = _split(model)
+    name, revision = name_and_revision(model)
     if os.path.isdir(name):
         found: dict[str, tuple[int, Mapping[str, int]]] = {}
         for path in sorted(Path(name).glob("model*.safetensors")):

@@ -13,8 +13,10 @@ from PIL import Image as PILImage
 from sdq_hf import SDQForImageClassification
 from sdq_hf.backbones import create_backbone
 from sdq_hf.export.lower import integer_network
+from tests.hub_server import HubServer, patch_client
 from tests.test_hardware_profile import trained_looks
 
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=.*:DeprecationWarning")
 SCRIPT = Path(__file__).parents[2] / "scripts" / "to_hardware.py"
 SIZE, CLASSES = 16, 4
 
@@ -78,6 +80,22 @@ def test_it_leaves_a_model_in_the_profile_and_its_metrics(main, images: Path, mo
     with torch.no_grad():
         assert torch.equal(integer_network(loaded.eval()).logits(pixels), loaded(pixels).logits.double())
     assert {path.name for path in out.iterdir()} == {"config.json", "hardware.json", "model.safetensors"}
+
+
+def test_a_model_of_the_hub_may_have_a_revision(main, images, model, tmp_path, capsys, monkeypatch):
+    loaded = SDQForImageClassification.from_pretrained(model)
+    with HubServer(tokens={"hf_good": "org-user"}) as hub:
+        patch_client(monkeypatch, hub, tmp_path / "home")
+        loaded.push_to_hub("org-user/net", revision="w2")
+        command = ["--output_dir", str(tmp_path / "out"), "--dataset", str(images), "--cpu", "true", "--epochs", "0"]
+        assert main(["--model", "org-user/net@w2", *command]) == 0
+        profile = SDQForImageClassification.from_pretrained(tmp_path / "out")
+        assert profile.config.scales == "power_of_two"
+        assert profile.strategy == loaded.strategy
+        assert main(["--model", "org-user/net@w3", *command]) == 2
+    assert "w3" in capsys.readouterr().err
+    assert main(["--model", f"{model}@w2", *command]) == 2
+    assert "is a folder, which has no revision 'w2'" in capsys.readouterr().err
 
 
 def test_a_network_without_an_integer_form_is_refused_before_it_is_trained(main, images, tmp_path, capsys):
