@@ -36,7 +36,7 @@ class QATCallback(TrainerCallback):
         if not state.global_step:
             return
         weights = load_file(path) if path.exists() else {}
-        least = {name: weights.pop(name).item() for name in list(weights) if name.startswith(_FLOOR)}
+        least = {name: weights.pop(name).tolist() for name in list(weights) if name.startswith(_FLOOR)}
         if not _fit(weights, model):
             logger.warning(
                 f"{path} is missing or of another training: this one goes on from the checkpoint's quantized weights, the "

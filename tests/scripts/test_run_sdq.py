@@ -25,6 +25,7 @@ from PIL import Image as PILImage
 from safetensors.torch import load_file
 
 from sdq_hf import SDQForImageClassification, Strategy
+from sdq_hf.export.lower import integer_network
 from sdq_hf.hub.card import python_snippets
 from sdq_hf.hub.publish import revision_of
 from sdq_hf.training.arguments import parse_arguments
@@ -222,6 +223,29 @@ def test_a_run_stopped_in_each_stage_and_resumed_equals_the_one_that_was_not(dat
     assert rows_of(folder) == rows_of(whole)
     for path in sorted(whole.rglob("model.safetensors")):
         assert path.read_bytes() == (folder / path.relative_to(whole)).read_bytes(), path
+
+
+def test_a_run_in_the_hardware_profile_is_stopped_and_resumed_to_the_same_integers(data, tmp_path):
+    """With images of 24 pixels, whose last average is over 6 x 6, no power of two."""
+    changes = {"img_size": 24, "scales": "power_of_two", "weight_scale": "channel", "controls": "none"}
+    changes |= {"target_bits": 6, "target_bitops": None, "teacher_epochs": 1}
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    with redirect_stdout(io.StringIO()):
+        assert main(options(data, whole, **changes)) == 0
+    resume = {}
+    for text in ("sdq-bits: for", "sdq-bits-6: epoch 1/2"):
+        with redirect_stdout(Stopper(text)):
+            assert main(options(data, stopped, **changes, **resume)) == 130
+        resume = {"resume": "true"}
+    with redirect_stdout(io.StringIO()):
+        assert main(options(data, stopped, **changes, **resume)) == 0
+    assert rows_of(stopped) == rows_of(whole)
+    place = Path("models", "sdq-bits-6")
+    model, other = (SDQForImageClassification.from_pretrained(run / place) for run in (whole, stopped))
+    assert (whole / place / "model.safetensors").read_bytes() == (stopped / place / "model.safetensors").read_bytes()
+    pixels = torch.randn(4, 1, 24, 24)
+    with torch.no_grad():
+        assert torch.equal(integer_network(other).logits(pixels), model(pixels).logits.double())
 
 
 def test_a_second_ctrl_c_stops_at_once_and_a_second_sigterm_does_not():

@@ -15,11 +15,12 @@ from torch import nn
 from transformers import EvalPrediction, Trainer, TrainingArguments, pipeline
 
 from sdq_hf import SDQForImageClassification
+from sdq_hf.export.lower import integer_network
 from sdq_hf.layers import quantizer_parameters
 from sdq_hf.training.metrics import Accuracy, TopKEvaluator, compute_metrics
 from sdq_hf.training.trainer import QATCallback
 from tests.hub_server import HubServer, patch_client
-from tests.test_modeling_sdq import create, logits
+from tests.test_modeling_sdq import create, images, logits
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Use 'content=.*:DeprecationWarning"),
@@ -65,19 +66,48 @@ def state_of(model):
     return {key: value.clone() for key, value in model.state_dict().items()}
 
 
-@pytest.mark.parametrize("form", ["lsq", "dorefa"])
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"weight_quantizer": "lsq"},
+        {"weight_quantizer": "dorefa"},
+        {"scales": "power_of_two", "weight_scale": "channel"},
+    ],
+    ids=["lsq", "dorefa", "hardware"],
+)
 def test_a_resumed_training_equals_the_uninterrupted_one(tmp_path, form):
-    whole = trained(create("resnet8_cifar", weight_quantizer=form))
+    whole = trained(create("resnet8_cifar", **form))
     before = state_of(whole)
     Trainer(whole, arguments(tmp_path / "a"), train_dataset=examples(), callbacks=[QATCallback()]).train()
     # Learned quantizers take part: every scale and step has moved.
     moved = [name for name, p in quantizer_parameters(whole) if not torch.equal(p, before[name])]
     assert len(moved) == len(list(quantizer_parameters(whole)))
-    resumed = trained(create("resnet8_cifar", seed=3, weight_quantizer=form))
+    resumed = trained(create("resnet8_cifar", seed=3, **form))
     trainer = Trainer(resumed, arguments(tmp_path / "a"), train_dataset=examples(), callbacks=[QATCallback()])
     trainer.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"))
     for key, value in state_of(whole).items():
         assert torch.equal(value, resumed.state_dict()[key]), key
+    # What it has come to is a model in a file, too.
+    whole.save_pretrained(tmp_path / "model", print_size=False)
+    assert torch.equal(logits(SDQForImageClassification.from_pretrained(tmp_path / "model")), logits(whole.eval()))
+
+
+def test_a_model_in_the_hardware_profile_is_trained_pushed_and_loaded_with_its_integers(tmp_path, monkeypatch):
+    model = trained(create("resnet8_cifar")).to_hardware_profile([images()])
+    before = state_of(model)
+    changes = {"push_to_hub": True, "hub_model_id": "org-user/net", "save_strategy": "no", "max_steps": 2}
+    with HubServer(tokens={"hf_good": "org-user"}) as hub:
+        patch_client(monkeypatch, hub, tmp_path / "home")
+        trainer = Trainer(model, arguments(tmp_path / "run", **changes), train_dataset=examples())
+        trainer.train()
+        trainer.push_to_hub()
+        model.push_to_hub("org-user/other")
+        loaded = [SDQForImageClassification.from_pretrained(name) for name in ("org-user/net", "org-user/other")]
+    assert not torch.equal(model.state_dict()["timm_model.conv1.bias"], before["timm_model.conv1.bias"])
+    expected = logits(model.eval())
+    for other in loaded:
+        assert torch.equal(logits(other), expected)
+        assert torch.equal(integer_network(other).logits(images()), expected.double())
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing. is deprecated:FutureWarning")  # in transformers 5.2x only
