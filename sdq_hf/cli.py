@@ -23,7 +23,7 @@ from .strategy import FLOAT_BITS, LayerBits, Strategy, bits_text
 from .writing import write_json
 
 # Of sdq_hf.export.artefacts, which is imported when it is used.
-EXPORT_TARGETS = ("qonnx", "onnx", "onnx-int8", "hls4ml", "verilog")
+EXPORT_TARGETS = ("qonnx", "onnx", "onnx-int8", "hls4ml", "verilog", "da4ml")
 _MODEL_HELP = "Folder of a saved model, or Hub id; a revision may follow after @, as in org/resnet18-sdq@w2.5."
 
 

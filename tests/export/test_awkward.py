@@ -17,8 +17,8 @@ from sdq_hf.export.verify import made_images
 
 from ..test_hardware_profile import Case, trained_looks
 
-NEEDED = {"qonnx": "qonnx", "onnx": "onnxruntime", "hls4ml": "hls4ml", "verilog": "torch"}
-PROGRAMS = {"hls4ml": "g++", "verilog": "iverilog"}
+NEEDED = {"qonnx": "qonnx", "onnx": "onnxruntime", "hls4ml": "hls4ml", "verilog": "torch", "da4ml": "da4ml"}
+PROGRAMS = {"hls4ml": "g++", "verilog": "iverilog", "da4ml": "iverilog"}
 
 
 @torch.no_grad()
@@ -88,6 +88,7 @@ def test_integers_and_simulation_agree(grid: str):
         ("onnx", "twos_complement"),
         ("verilog", "midrise"),
         ("verilog", "twos_complement"),
+        ("da4ml", "midrise"),
         # Ten seconds of g++; its types hold the integers of both grids alike.
         ("hls4ml", "midrise"),
     ],
