@@ -73,6 +73,12 @@ def run(options: HardwareArguments, data: DataArguments, training: OptimizerArgu
     if Path(options.output_dir).resolve() == Path(options.model).resolve():
         raise ValueError(f"--output_dir {options.output_dir} is the folder of the model itself: choose another one.")
     name, revision = name_and_revision(options.model)
+    checkpoints = Path(options.output_dir) / "training"
+    for path in sorted(checkpoints.glob("*")):
+        if not path.name.startswith(("checkpoint", "best.safetensors")):
+            raise ValueError(
+                f"{path} is no checkpoint, and {checkpoints} is removed in the end: choose another --output_dir."
+            )
     model = SDQForImageClassification.from_pretrained(name, revision=revision).eval().to(accelerator.device)
     loaders = load(model, options, data, accelerator)
     teacher: nn.Module = model
@@ -86,7 +92,6 @@ def run(options: HardwareArguments, data: DataArguments, training: OptimizerArgu
     integer_network(profile)
     rows["profile"] = metrics_of(profile, loaders, accelerator, teacher)
     if training.epochs:
-        checkpoints = Path(options.output_dir) / "training"
         fit(
             profile,
             loss_of_teacher(teacher),

@@ -230,13 +230,14 @@ def _check_folder(folder: Path) -> None:
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     try:
-        files = json.loads((folder / "manifest.json").read_text())["files"]
-        own = {"manifest.json", *(name.split("/")[0] for name in files)}
+        own = {"manifest.json", *json.loads((folder / "manifest.json").read_text())["files"]}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise ExportError(f"{folder} is not empty and holds no earlier export: choose another folder.") from None
-    for path in sorted(folder.iterdir()):
-        if path.name not in own:
-            raise ExportError(f"{folder} holds {path.name!r} beside an earlier export: choose another folder.")
+    # Also inside of projects: a vendor's tool leaves the work of hours there.
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if name not in own and (path.is_symlink() or not path.is_dir()):
+            raise ExportError(f"{folder} holds {name!r} beside an earlier export: choose another folder.")
 
 
 def _check_images(images: Tensor, labels: Tensor | None, size: tuple[int, int, int]) -> None:

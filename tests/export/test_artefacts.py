@@ -195,6 +195,28 @@ def test_a_folder_with_something_else_in_it_is_left_alone(tmp_path: Path):
     assert (tmp_path / "out" / "mine.txt").read_text() == (tmp_path / "mine.txt").read_text() == "keep me"
 
 
+@pytest.mark.parametrize("place", ["project/synthesis.rpt", "project/solution/synthesis.rpt"])
+def test_what_was_made_inside_of_an_export_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str):
+    model, images = profile_of()
+    network = integer_network(model)
+
+    def project(_, folder: Path, settings: object) -> Written:
+        (folder / "project" / "src").mkdir(parents=True)
+        (folder / "project" / "src" / "sdq.cpp").write_text("int main() {}")
+        (folder / "project" / "empty").mkdir()
+        return Written(lambda batch: network.logits(batch).numpy())
+
+    monkeypatch.setitem(artefacts.TARGETS, "project", project)
+    for _ in range(2):
+        export_model(model, tmp_path / "out", ["project"], images)
+    made = tmp_path / "out" / place
+    made.parent.mkdir(exist_ok=True)
+    made.write_text("the work of hours")
+    with pytest.raises(ExportError, match=r"out holds 'project/.* beside an earlier export: choose another folder"):
+        export_model(model, tmp_path / "out", ["project"], images)
+    assert made.read_text() == "the work of hours"
+
+
 def test_what_stands_beside_a_folder_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     model, images = profile_of()
     monkeypatch.setitem(artefacts.TARGETS, "wrong", wrong)

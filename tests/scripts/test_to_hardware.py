@@ -126,6 +126,15 @@ def test_a_wrong_option_is_one_line(main, images, model, tmp_path, capsys, optio
     assert not out.exists()
 
 
+def test_a_folder_of_the_user_is_not_taken_for_checkpoints(main, images, model, tmp_path, capsys):
+    (tmp_path / "training").mkdir()
+    (tmp_path / "training" / "photo.png").write_text("keep me")
+    command = ["--model", str(model), "--output_dir", str(tmp_path), "--dataset", str(images), "--cpu", "true"]
+    assert main(command) == 2
+    assert "photo.png is no checkpoint" in capsys.readouterr().err
+    assert (tmp_path / "training" / "photo.png").read_text() == "keep me"
+
+
 def test_the_model_itself_is_not_written_over(main, images, model, capsys):
     before = (model / "config.json").read_bytes()
     command = ["--model", str(model), "--dataset", str(images), "--cpu", "true", "--epochs", "0"]
