@@ -334,7 +334,13 @@ class _Lowering:
         kernel, stride, padding = _pair(pool.kernel_size), _pair(pool.stride), _pair(pool.padding)
         count = kernel[0] * kernel[1]
         whole = all((n - k) % s == 0 for n, k, s in zip(source.shape[1:], kernel, stride, strict=True))
-        if count & (count - 1) or any(padding) or (pool.ceil_mode and not whole) or pool.divisor_override:
+        if pool.ceil_mode and not whole:
+            raise ExportError(
+                f"{name!r}: its windows of {kernel[0]} x {kernel[1]} pixels reach over the end of {source.shape[1]} x "
+                f"{source.shape[2]} pixels (ceil_mode), and averages over fewer are no shift. Choose an image size that "
+                "they fit into."
+            )
+        if count & (count - 1) or any(padding) or pool.divisor_override:
             raise ExportError(
                 f"{name!r}: an average over {kernel[0]} x {kernel[1]} pixels with padding {padding} is no shift. "
                 "Windows of a power of two of pixels without padding are."

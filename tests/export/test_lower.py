@@ -183,6 +183,16 @@ def test_an_operation_without_an_integer_form_is_refused_by_name():
         integer_network(model.to_hardware_profile([images]))
 
 
+def test_windows_that_reach_over_the_end_are_refused_and_those_that_fit_are_averages():
+    """ResNet-D halves shortcuts by averages with ceil_mode."""
+    options = {"model_args": {"layers": [1, 1, 1, 1], "channels": [8, 8, 8, 8]}}
+    model, images = profile_of("resnet10t", 64, **options)
+    assert torch.equal(integer_network(model).logits(images), simulated(model, images))
+    message = r"'layer4\.0\.downsample\.0': its windows of 2 x 2 pixels reach over the end of 3 x 3 pixels"
+    with pytest.raises(ExportError, match=message):
+        integer_network(profile_of("resnet10t", 48, **options)[0])
+
+
 def test_a_float_layer_is_refused_by_name():
     for options, name, what in (
         ({"pins": {"layer2.0.conv1": 32}}, r"layer2\.0\.conv1", "weights are float"),
