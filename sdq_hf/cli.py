@@ -102,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
         help="export a model in the hardware profile, with a proof",
         description="Write exports of a model in the hardware profile (scripts/to_hardware.py makes one), its integers, a "
         "manifest of the arithmetic, and verification.json: each export beside the integer reference, equal or "
-        "not, on real images and on some made to break it. An export that fails leaves nothing.",
+        "not, on real images and on some made to break it. An export that fails leaves nothing but its report.",
         epilog="Example: sdq-hf export runs/hardware --to qonnx onnx --output runs/exports",
     )
     export.add_argument("model", help=_MODEL_HELP)
