@@ -11,7 +11,7 @@ help:  ## List the targets.
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --constraint constraints.txt --editable '.[dev,trackers,demo,onnx,fpga]'
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --constraint constraints.txt --editable '.[dev,trackers,demo,onnx,fpga,da4ml]'
 	touch $@
 
 demo: .venv/installed  ## Run SDQ's whole job on the bundled sample, about 4 minutes; go on after Ctrl-C: make demo ARGS=--resume
