@@ -73,6 +73,7 @@ MODULES: dict[str, list[str]] = {
 _KERNEL = "which of two kernels that give the same numbers computes on a CPU"
 _SAMPLE = "a sample of another size, or of all values in another order"
 _SHORTCUT = "a shortcut: signed steps are no better without a negative value"
+_TIE = "a tie of sums of floats, which a margin is there for"
 _UNIFORM = "in `return torch.rand(count, generator=generator, dtype=torch.float64).clamp_(1e-12, 1 - 1e-12)`"
 EQUIVALENT: dict[tuple[str, str], str] = {
     (
@@ -107,6 +108,16 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "search/descent",
         "1 -> 2 in `return max(above[0] if above else self.candidates[-1], usual[0] if usual else self.candidates[-1])`",
     ): "a budget above the top of the ladder is refused before",
+    (
+        "search/descent",
+        "budget - self.total(bits) <= self.cost.tolerance(budget) -> budget - self.total(bits) < self.cost.tolerance(budget) "
+        "in `return budget - self.total(bits) <= self.cost.tolerance(budget)`",
+    ): _TIE,
+    (
+        "search/descent",
+        "self.total() <= budget * (1 + 1e-09) -> self.total() < budget * (1 + 1e-09) in "
+        "`if budget not in self.found and self.total() <= budget * (1 + 1e-9):`",
+    ): _TIE,
     (
         "search/descent",
         "-1 -> +1 in `return max(above[0] if above else self.candidates[-1], usual[0] if usual else self.candidates[-1])`",

@@ -134,6 +134,13 @@ def test_rungs_and_steps_follow_the_ladder():
     assert way.movable == ["a"]
 
 
+def test_layers_that_share_their_bits_have_the_highest_of_their_floors():
+    start = Strategy.of({name: LayerBits(8, 4, 10, 10) for name in "abc"})
+    units = {"ab": Unit(("a", "b")), "c": Unit(("c",))}
+    way = Descent(start, get_cost("bits"), [4.0], range(1, 9), floors={"a": 2, "b": 3}, units=units)
+    assert way.floor == {"ab": 3, "c": 1}
+
+
 def test_wrong_starts_floors_and_budgets_are_refused():
     with pytest.raises(BudgetError, match="No budget given"):
         Descent(Strategy.of({"a": LayerBits(8, 4, 9, 9)}), get_cost("bits"), [], range(1, 9))
@@ -142,6 +149,10 @@ def test_wrong_starts_floors_and_budgets_are_refused():
     # Above one budget, and below the other.
     with pytest.raises(BudgetError, match="start_bits 3 is below the budget of 4 average bits"):
         Descent(Strategy.of({"a": LayerBits(8, 4, 9, 9)}), get_cost("bits"), [2.0, 4.0], range(1, 9), start_bits=3)
+    # A hundredth of the larger budget may be left over.
+    start = Strategy.of({"a": LayerBits(8, 4, 1000, 1000)})
+    way = Descent(start, get_cost("bitops"), [6000, 12_100], range(1, 9), start_bits=3)
+    assert way.found[12_100].weight_bits == {"a": 3}
     with pytest.raises(ValueError, match=r"floors\['a'\] must be at most 8, the largest candidate, got 9"):
         way_of({"a": 10}, 30, floors={"a": 9})
     with pytest.raises(BudgetError, match=r"start_bits 2 is below the budget of 3 average bits.*at 6 for example"):
