@@ -63,7 +63,7 @@ def _qonnx(network: IntegerNetwork, folder: Path, settings: Settings) -> Written
 
     path = folder / "model.qonnx.onnx"
     export_qonnx(network, path)
-    return Written(lambda batch: run_qonnx(path, batch), most_images=64)
+    return Written(lambda batch: run_qonnx(path, batch), most_images=256)
 
 
 def _onnx(network: IntegerNetwork, folder: Path, settings: Settings) -> Written:
