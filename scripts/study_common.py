@@ -40,6 +40,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--teacher_epochs", type=int, default=15)
     parser.add_argument("--epochs", type=float, default=4, help="of the fine-tune")
     parser.add_argument("--lr", type=float, default=3e-3, help="of the fine-tune, at its peak")
+    parser.add_argument("--freeze_bn", type=float, default=1.0, help="of the fine-tune, as in run_sdq.py")
     parser.add_argument("--weight_scale", choices=["layer", "channel"], default="layer")
     parser.add_argument("--batch_size", type=int, help="of all training but the search; default: that of run_sdq.py")
     parser.add_argument("--search_batch_size", type=int, default=64)
@@ -87,7 +88,15 @@ def work(
         content |= {
             "options": {
                 key: getattr(options, key)
-                for key in ("model", "epochs", "lr", "search_batch_size", "teacher_epochs", "mixed_precision")
+                for key in (
+                    "model",
+                    "epochs",
+                    "lr",
+                    "freeze_bn",
+                    "search_batch_size",
+                    "teacher_epochs",
+                    "mixed_precision",
+                )
             },
             "images": {name: len(split) for name, split in run.data.splits.items()},
             "versions": {name: version(name) for name in ("torch", "timm", "scipy")},
@@ -109,6 +118,7 @@ def open_run(options: argparse.Namespace, seed: int, change: Callable[[nn.Module
         "search_batch_size": options.search_batch_size,
         "max_search_batches": options.max_search_batches,
         "lr": options.lr,
+        "freeze_bn": options.freeze_bn,
     }
     kind = f"a{options.activation_bits}" + "-channel" * (options.weight_scale == "channel")
     part = f"{options.out.stem}-{kind}-{options.shard.replace('/', 'of')}"

@@ -367,6 +367,8 @@ def _check(arguments: Arguments) -> None:
     for name, value in not_negative.items():
         if value is not None and value < 0:
             raise ArgumentError(f"--{name} must be 0 or more, got {value}")
+    if not 0 <= tune.freeze_bn <= 1:
+        raise ArgumentError(f"--freeze_bn must be from 0 to 1, got {tune.freeze_bn}")
     for option, file in (
         ("checkpoint", arguments.model.checkpoint),
         ("pretrained_path", arguments.model.pretrained_path),

@@ -159,6 +159,8 @@ def fit(
         progress.start(epoch, done, state.loss_sum, state.loss_count)
         wrapped.train()
         for batch in batches:
+            if state.update >= options.freeze_bn * updates:
+                _freeze_batch_norm(model)
             with accelerator.accumulate(wrapped):
                 scheduler.step_update(state.update)
                 with accelerator.autocast():
@@ -214,6 +216,13 @@ def fit(
     accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
     model.load_state_dict(load_tensors(best))
     return state
+
+
+def _freeze_batch_norm(model: nn.Module) -> None:
+    """Until the next `train()` norms compute with their running statistics, as after the training."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
 
 
 def _pass(train: Any, epoch: int, done: int) -> Any:

@@ -33,6 +33,10 @@ class OptimizerArguments:
     warmup_epochs: int = field(default=1, metadata={"help": "Epochs in which the learning rate rises linearly."})
     min_lr: float = field(default=0.0, metadata={"help": "Learning rate at the end."})
     clip_grad: float = field(default=0.0, metadata={"help": "Largest gradient norm; 0: no clipping."})
+    freeze_bn: float = field(
+        default=1.0,
+        metadata={"help": "Part of the training, 0 to 1, after which batch norm keeps its statistics; 1: never."},
+    )
     scale_lr: float = field(default=1.0, metadata={"help": "Learning rate of scales and steps, relative to lr."})
 
 

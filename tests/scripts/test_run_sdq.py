@@ -611,6 +611,7 @@ def test_a_wrong_token_is_told_before_the_run(data, hub, tmp_path, capsys, monke
         ({"start_bits": 2}, "start above it"),
         ({"mixup": 0.2, "batch_size": 15}, "even --batch_size"),
         ({"batch_size": 0}, "--batch_size must be above 0"),
+        ({"freeze_bn": 1.5}, "--freeze_bn must be from 0 to 1, got 1.5"),
         ({"report_to": "wandbb"}, "did you mean 'wandb'"),
         ({"test_split": "tset"}, "tset"),
         ({"dataset": "/nowhere/at/all"}, "/nowhere/at/all"),

@@ -145,6 +145,30 @@ def test_fit_is_the_plain_loop_and_ends_with_its_best_epoch(tmp_path, clip, metr
     assert state.history[0]["train_loss"] == pytest.approx(sum(losses) / 5, rel=1e-5)
 
 
+@pytest.mark.parametrize("part", [0.0, 0.5, 1.0])
+def test_batch_norm_keeps_its_statistics_after_a_part_of_the_training(tmp_path, part):
+    def norm_network():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, CLASSES))
+
+    accelerator, model, plain, data = Accelerator(cpu=True), norm_network(), norm_network(), Rows(40)
+    recipe = OptimizerArguments(epochs=2, opt="sgd", lr=0.2, warmup_epochs=0, freeze_bn=part)
+    optimizer = create_optimizer(plain, recipe)
+    for step in range(10):
+        plain.train()
+        # Half of ten updates is the end of the first epoch: the second has none of its own.
+        plain[1].train(step < 10 * part)
+        for group in optimizer.param_groups:
+            group["lr"] = 0.5 * 0.2 * (1 + math.cos(math.pi * step / 10))
+        optimizer.zero_grad()
+        rows = slice(step % 5 * BATCH, (step % 5 + 1) * BATCH)
+        F.cross_entropy(plain(data.x[rows]), data.y[rows]).backward()
+        optimizer.step()
+    state = fit(model, cross_entropy, loaders(accelerator), recipe, accelerator, tmp_path, eval_metric="loss")
+    assert state.best_epoch == 2
+    same(model, plain.state_dict())
+
+
 def test_a_part_of_an_epoch_is_trained_and_a_training_that_goes_on_from_there_is_whole(tmp_path):
     accelerator, model = Accelerator(cpu=True), network()
     recipe = OptimizerArguments(**{**vars(RECIPE), "epochs": 2.4})
