@@ -24,6 +24,7 @@ import compare_runs  # noqa: E402
 import make_lut_table  # noqa: E402
 import mutate  # noqa: E402
 import study_ablations  # noqa: E402
+import study_batch_norm  # noqa: E402
 import study_bins  # noqa: E402
 import study_landscape  # noqa: E402
 import study_peers  # noqa: E402
@@ -46,6 +47,7 @@ TABLES: dict[str, Callable[[list[Any]], str]] = {
     "quantizers": lambda files: study_quantizers.table(files[0]["cells"]),
     "costs": lambda files: bench_searches.table(files[0]["cells"]),
     "ablations": lambda files: study_ablations.table(files[0]["cells"]),
+    "batch_norm": lambda files: study_batch_norm.table(files[0]["cells"]),
     "bins": lambda files: study_bins.table(files[0]["cells"]),
     "peers": lambda files: study_peers.table(files[0]["cells"]),
     "planted": lambda files: study_planted.table(files[0]["cells"]),

@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
 
 import study_ablations  # noqa: E402
+import study_batch_norm  # noqa: E402
 import study_bins  # noqa: E402
 import study_landscape  # noqa: E402
 import study_peers  # noqa: E402
@@ -52,6 +53,19 @@ def study(runs, monkeypatch, capsys):
         return capsys.readouterr().out, json.loads(out.read_text())["cells"]
 
     return run
+
+
+def test_statistics_of_batch_norm_are_gathered_from_both_kinds_of_images(study, runs, tmp_path):
+    out, options = tmp_path / "statistics-of.json", "--target_bits 5 --target_bitops --methods greedy"
+    _, (cell,) = study(study_search, options, out)
+    models = f"--of {out} --budget bits-5 --methods greedy --batches 2"
+    printed, (found,) = study(study_batch_norm, models, tmp_path / "statistics.json")
+    # The model as it was left is that of the study; two batches of images tell something else, of either kind.
+    assert found["trained"] == {"kl": pytest.approx(cell["kl"], rel=1e-5), "top1": cell["top1"]}
+    assert len({found[name]["kl"] for name in study_batch_norm.STATISTICS}) == 3
+    assert f"| greedy | of clean images | {found['clean']['kl']:.4f} |  | {found['clean']['top1']:.2f} | 1 |" in printed
+    with pytest.raises(SystemExit, match=r"No model table-bits-5 in .*run study_search\.py first"):
+        study(study_batch_norm, models.replace("--methods greedy", "--methods table"), tmp_path / "statistics.json")
 
 
 def test_a_search_study_goes_on_where_it_stopped_and_takes_the_search_off_the_finetune(study, tmp_path):
