@@ -98,6 +98,10 @@ EQUIVALENT: dict[tuple[str, str], str] = {
     ): "other samples of the same kind",
     (
         "search/updates",
+        "u < end -> u <= end in `return 1.0 if u < end else 0.5 if u < 1 - end else 0.0`",
+    ): "a draw right at the border, which has probability 0",
+    (
+        "search/updates",
         "u < 1 - end -> u <= 1 - end in `return 1.0 if u < end else 0.5 if u < 1 - end else 0.0`",
     ): "a draw right at the border, which has probability 0",
     (

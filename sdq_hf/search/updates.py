@@ -217,13 +217,9 @@ class Paper:
         self.theta_start, self.cost_weight, self.error_weight = theta_start, cost_weight, error_weight
         # Batches since the last step, or since the cost's weight was doubled.
         self.patience, self.waited = patience, 0
-        # Cost of one bit more, whatever the ladder: shares of the whole.
-        rungs = descent.candidates
-        span = max(rungs) - min(rungs) or 1
-        sizes = {
-            name: max(0.0, descent.table[name][max(rungs)] - descent.table[name][min(rungs)]) / span
-            for name in descent.names
-        }
+        # What all bits of a layer cost above the fewest.
+        low, high = min(descent.candidates), max(descent.candidates)
+        sizes = {name: max(0.0, descent.table[name][high] - descent.table[name][low]) for name in descent.names}
         if cost_shape == "sqrt":
             sizes = {name: math.sqrt(size) for name, size in sizes.items()}
         whole = sum(sizes.values()) or 1.0

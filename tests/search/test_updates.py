@@ -160,6 +160,20 @@ def test_layers_are_compared_by_damage_with_two_errors_for_each_cost_saved():
         assert first((100, 100), [other] * 8, noisy)[0] == [expected]
 
 
+def test_a_layer_that_stepped_counts_four_times_its_damage_until_each_place_has_three_draws():
+    update = TwoSided(descent([2.0], sizes=(100, 100)), seed=0)
+    for name, damage in (("l0", 0.1), ("l1", 0.6)):
+        feed(update, name, [damage] * 8)
+    update.descent.step_down("l0", 0.1)
+    update.reset("l0")
+    # As 0.4 it is still the next, and not measured.
+    assert update.next_moves() == []
+    feed(update, "l0", [0.9] * 5)
+    assert update.next_moves() == []
+    update.observe({"l0": -0.9}, {"l0": 0.0})
+    assert [move.layer for move in update.next_moves()] == ["l1"]
+
+
 def test_several_moves_are_the_best_of_those_that_are_ready():
     update = TwoSided(descent([2.0], sizes=(100, 100, 100)), seed=0)
     for name, damages in (("l0", [0.3] * 8), ("l1", [0.1, 0.2] * 2), ("l2", [0.2] * 8)):
