@@ -48,7 +48,11 @@ MODULES: dict[str, list[str]] = {
     "costs": ["tests/test_costs.py", "tests/search/test_descent.py", "tests/test_properties.py"],
     "strategy": ["tests/test_strategy.py", "tests/test_costs.py", "tests/test_properties.py"],
     "quantizers/grids": ["tests/quantizers/test_weight.py", "tests/test_properties.py"],
-    "quantizers/weight": ["tests/quantizers/test_weight.py", "tests/test_properties.py"],
+    "quantizers/weight": [
+        "tests/quantizers/test_weight.py",
+        "tests/quantizers/test_power_of_two.py",
+        "tests/test_properties.py",
+    ],
     "quantizers/bins": ["tests/quantizers/test_weight.py"],
     "quantizers/activation": ["tests/quantizers/test_activation.py", "tests/quantizers/test_power_of_two.py"],
     "quantizers/stochastic": ["tests/quantizers/test_stochastic.py"],
@@ -96,6 +100,11 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "quantizers/activation",
         "0 -> 1 in `generator = torch.Generator().manual_seed(0)`",
     ): "other samples of the same kind",
+    (
+        "search/updates",
+        "sides.error <= sides.damage / 2 -> sides.error < sides.damage / 2 in "
+        "`enough = sides.error <= sides.damage / 2 or sum(sides.draws) >= self.max_draws`",
+    ): "a tie of measured numbers",
     (
         "search/updates",
         "u < end -> u <= end in `return 1.0 if u < end else 0.5 if u < 1 - end else 0.0`",

@@ -121,7 +121,7 @@ def best_scale(
     per_channel: one for each output channel of `w` [C, ...], as a [C]; for LSQ only. power_of_two: of those whose unit is
     a power of two.
     """
-    w = w.detach().to(torch.float32)
+    w = w.to(torch.float32)
     find = _best_power_of_two if power_of_two else _best_scale
     return find(w, form, grid, bits, per_channel)
 

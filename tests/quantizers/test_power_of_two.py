@@ -25,6 +25,23 @@ def test_the_nearest_power_is_exact_and_nearest_on_a_logarithmic_scale():
         exponent(torch.tensor([2.0, 3.0]))
 
 
+def test_a_channel_of_nothing_has_no_unit_far_below_the_others():
+    w = torch.randn(3, 50, generator=torch.Generator().manual_seed(0)) * torch.tensor([[0.0], [1e-7], [1.0]])
+    quantizer = WeightQuantizer("lsq", "twos_complement", 4, channels=3, power_of_two=True)
+    quantizer.fit_scale(w)
+    nothing, little, usual = exponent(quantizer.unit).tolist()
+    # A thousandth, of a unit that may be twice or half that of the largest channel.
+    assert nothing == little
+    assert abs(usual - 10 - nothing) <= 1
+
+
+def test_what_is_made_of_codes_takes_no_gradient_and_what_a_quantizer_says_of_itself():
+    quantizer = WeightQuantizer("lsq", "midrise", 3, power_of_two=True)
+    assert not quantizer.from_codes(torch.zeros(4, dtype=torch.uint8)).requires_grad
+    assert quantizer.extra_repr() == "lsq, midrise, bits=3, power of two"
+    assert WeightQuantizer("dorefa", "midrise", 3).extra_repr() == "dorefa, midrise, bits=3"
+
+
 def test_its_gradient_goes_straight_through():
     x = torch.tensor([0.3, 1.0, 5.0], requires_grad=True)
     nearest_power_of_two(x).backward(torch.tensor([1.0, 2.0, 3.0]))
