@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ..writing import write_json, write_text
 from .lower import ExportError
 from .optional import needed
-from .verilog import check_range, hex_words, run_bench
+from .verilog import check_vectors, hex_words, run_bench, values_of
 
 # The search for adders that outputs share takes seconds for a thousand weights, and grows with the square of their number.
 MOST_WEIGHTS = 8192
@@ -83,20 +83,14 @@ def simulate_unrolled(folder: str | Path, x: NDArray[np.int64], *, simulator: st
     """
     folder = Path(folder)
     head = json.loads((folder / "head.json").read_text())
-    if x.ndim != 2 or not len(x) or x.shape[1] != head["inputs"]:
-        raise ValueError(f"x must be of shape [N, {head['inputs']}], N at least 1, got {list(x.shape)}.")
-    check_range(x, tuple(head["range"]), "x")
+    check_vectors(x, head["inputs"], tuple(head["range"]), "x")
     width, bits = head["input_bits"], head["output_bits"]
     write_text(folder / "activations.hex", hex_words(x & (2**width - 1), width))
     bench = _BENCH.format(IN=width * head["inputs"], OUT=bits * head["outputs"], COUNT=len(x), CYCLES=head["cycles"])
     write_text(folder / "bench.v", bench)
     sources = sorted(path.relative_to(folder).as_posix() for path in (folder / "src").rglob("*.v"))
     lines = run_bench(folder, ["bench.v", *sources], simulator, len(x))
-    words = [int(line, 16) for line in lines]
-    codes = np.array([[word >> (i * bits) & (2**bits - 1) for i in range(head["outputs"])] for word in words], np.int64)
-    if head["output_signed"]:
-        codes -= (codes >> (bits - 1)) << bits
-    return codes * 2 ** head["output_shift"]
+    return values_of(lines, bits, head["outputs"], head["output_signed"]) * 2 ** head["output_shift"]
 
 
 _BENCH = """\

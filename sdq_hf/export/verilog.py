@@ -10,7 +10,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -131,9 +131,7 @@ def simulate_dense(
     folder = Path(folder)
     layer = json.loads((folder / "dense.json").read_text())
     x = _integers(activations, "activations")
-    if x.ndim != 2 or not len(x) or x.shape[1] != layer["inputs"]:
-        raise ValueError(f"activations must be of shape [N, {layer['inputs']}], N at least 1, got {list(x.shape)}.")
-    check_range(x, _activation_range(layer["activation_bits"], layer["signed"]), "activations")
+    check_vectors(x, layer["inputs"], _activation_range(layer["activation_bits"], layer["signed"]), "activations")
     lanes, units, bits = layer["lanes"], layer["units"], layer["output_bits"]
     chunks, groups = -(-layer["inputs"] // lanes), -(-layer["outputs"] // units)
     padded = np.zeros((len(x), chunks * lanes), np.int64)
@@ -150,9 +148,8 @@ def simulate_dense(
     )
     write_text(folder / "bench.v", bench)
     lines = run_bench(folder, ["bench.v", "head.v", "dense.v", "dot.v"], simulator, len(x) * groups)
-    words = np.array([[int(line, 16) >> (u * bits) & (2**bits - 1) for u in range(units)] for line in lines], np.int64)
-    values = words.reshape(len(x), groups * units)[:, : layer["outputs"]]
-    return values - ((values >> (bits - 1)) << bits) if layer["output_signed"] else values
+    values = values_of(lines, bits, units, layer["output_signed"])
+    return values.reshape(len(x), groups * units)[:, : layer["outputs"]]
 
 
 def accumulator_bits(weights: Integers, bias: Integers | None, smallest: int, largest: int, shift: int = 0) -> int:
@@ -306,6 +303,13 @@ def hex_words(codes: Integers, bits: int) -> str:
     return "".join(f"{row.tobytes().hex()[-digits:]}\n" for row in np.packbits(flat, axis=1))
 
 
+def values_of(lines: Sequence[str], bits: int, count: int, signed: bool) -> NDArray[np.int64]:
+    """Integers [N, count] of lines that $fdisplay wrote in hex: `count` of `bits` each, the first in the lowest bits."""
+    words = [int(line, 16) for line in lines]
+    values = np.array([[word >> (i * bits) & (2**bits - 1) for i in range(count)] for word in words], np.int64)
+    return values - ((values >> (bits - 1)) << bits) if signed else values
+
+
 def _codes(weights: NDArray[np.int64], bits: int, grid: str) -> NDArray[np.int64]:
     """What the unit takes: codes that count the levels where only odd integers exist, else the bits of the integer."""
     if spacing(grid, bits) == 2:
@@ -341,6 +345,12 @@ def check_range(values: NDArray[np.int64], extremes: tuple[int, int], name: str)
     low, high = extremes
     if values.size and (values.min() < low or values.max() > high):
         raise ValueError(f"{name} must be {low} to {high}, got {values.min()} to {values.max()}.")
+
+
+def check_vectors(x: NDArray[np.int64], inputs: int, extremes: tuple[int, int], name: str) -> None:
+    if x.ndim != 2 or not len(x) or x.shape[1] != inputs:
+        raise ValueError(f"{name} must be of shape [N, {inputs}], N at least 1, got {list(x.shape)}.")
+    check_range(x, extremes, name)
 
 
 def _check_bits(bits: int, name: str) -> None:
