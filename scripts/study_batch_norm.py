@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from study_common import Cell, add_options, mean_and_error, read, work
+from study_common import Cell, above_sdq, add_options, mean_and_error, read, run_name, work
 
 from sdq_hf import SDQForImageClassification
 from sdq_hf.training.evaluation import evaluate
@@ -45,7 +45,7 @@ def cells(options: argparse.Namespace) -> Iterator[Cell]:
 
 
 def measure(options: argparse.Namespace, run: Run, cell: Mapping[str, Any]) -> Cell:
-    runs = f"{options.model}-{cell['seed']}-{options.of.stem}-a{options.activation_bits}-*"
+    runs = run_name(options, cell["seed"], options.of, "*")
     found = sorted(options.runs.glob(f"{runs}/models/{cell['method']}-{cell['budget']}"))
     if not found:
         raise SystemExit(
@@ -72,14 +72,13 @@ def table(found: list[Cell]) -> str:
         "| search | statistics | test KL, nats | above SDQ's, same seeds | test top-1, % | seeds |",
         "|---|---|---|---|---|---|",
     ]
-    sdq = {cell["seed"]: cell for cell in found if cell["method"] == "two_sided"}
     for method in dict.fromkeys(cell["method"] for cell in found):
         members = [cell for cell in found if cell["method"] == method]
         for name, label in STATISTICS.items():
-            above = [c[name]["kl"] - sdq[c["seed"]][name]["kl"] for c in members if c["seed"] in sdq]
+            sdq = {cell["seed"]: cell[name]["kl"] for cell in found if cell["method"] == "two_sided"}
             numbers = [
                 mean_and_error([cell[name]["kl"] for cell in members], 4),
-                mean_and_error(above, 4) if above and method != "two_sided" else "",
+                above_sdq(method, {cell["seed"]: cell[name]["kl"] for cell in members}, sdq),
                 mean_and_error([cell[name]["top1"] for cell in members], 2),
             ]
             lines.append(f"| {method} | {label} | {' | '.join(numbers)} | {len(members)} |")

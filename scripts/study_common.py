@@ -120,14 +120,19 @@ def open_run(options: argparse.Namespace, seed: int, change: Callable[[nn.Module
         "lr": options.lr,
         "freeze_bn": options.freeze_bn,
     }
-    kind = f"a{options.activation_bits}" + "-channel" * (options.weight_scale == "channel")
-    part = f"{options.out.stem}-{kind}-{options.shard.replace('/', 'of')}"
-    run = Run(_arguments(options, seed, options.runs / f"{options.model}-{seed}-{part}", own), Interrupt())
+    part = run_name(options, seed, options.out, options.shard.replace("/", "of"))
+    run = Run(_arguments(options, seed, options.runs / part, own), Interrupt())
     if change is not None and not (run.folder / "teacher").exists():
         change(run.network, seed)
     run.teacher()
     run.arguments.run.resume = True
     return run
+
+
+def run_name(options: argparse.Namespace, seed: int, results: Path, process: str) -> str:
+    """The folder, in `options.runs`, of what the study with the file `results` does in one process, `0of1` or another."""
+    kind = f"a{options.activation_bits}" + "-channel" * (options.weight_scale == "channel")
+    return f"{options.model}-{seed}-{results.stem}-{kind}-{process}"
 
 
 def train_float(options: argparse.Namespace, seed: int, epochs: int) -> Path:
@@ -204,3 +209,9 @@ def mean_and_error(values: Sequence[float], digits: int) -> str:
     if len(values) < 2:
         return mean
     return f"{mean} ± {statistics.stdev(values) / len(values) ** 0.5:.{digits}f}"
+
+
+def above_sdq(method: str, kl: Mapping[int, float], sdq: Mapping[int, float]) -> str:
+    """By how much `kl` of a method is above SDQ's with the same seed, as `mean_and_error` writes it; seed -> KL in both."""
+    above = [value - sdq[seed] for seed, value in kl.items() if seed in sdq]
+    return mean_and_error(above, 4) if above and method != "two_sided" else ""

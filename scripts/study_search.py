@@ -26,7 +26,7 @@ from typing import Any
 
 import torch.nn.functional as F
 from accelerate.utils import set_seed
-from study_common import TRAINED, Cell, add_options, as_found, mean_and_error, read, tuned, work
+from study_common import TRAINED, Cell, above_sdq, add_options, as_found, mean_and_error, read, tuned, work
 from torch import Tensor, nn
 
 from sdq_hf.costs import get_cost
@@ -149,12 +149,11 @@ def table(found: list[dict[str, Any]]) -> str:
     for key, members in ranked:
         activation_bits, cost, target, method = key
         sdq = {cell["seed"]: cell["kl"] for cell in groups.get((*key[:3], "two_sided"), [])}
-        above = [cell["kl"] - sdq[cell["seed"]] for cell in members if method != "two_sided" and cell["seed"] in sdq]
         unit = {"bits": "average bits", "bitops": "bits' BitOPs", "lut": "bits' LUT cost"}.get(cost)
         budget = f"{target:g} {unit}, A{activation_bits}" if unit else "float"
         numbers = [
             mean_and_error([cell["kl"] for cell in members], 4),
-            mean_and_error(above, 4) if above else "",
+            above_sdq(method, {cell["seed"]: cell["kl"] for cell in members}, sdq),
             mean_and_error([cell["top1"] for cell in members], 2),
         ]
         before = [cell["found"]["kl"] for cell in members if "found" in cell]
