@@ -147,7 +147,11 @@ class FinetuneArguments(OptimizerArguments):
     eval_metric: Literal["kl", "loss", "top1", "top5"] | None = _option(
         None, "Which epoch is kept, by validation; default: kl to the teacher, as the training, or loss without one."
     )
-    bn_batches: int = _option(50, "Batches from which batch norm is calibrated anew at the end; 0: none.")
+    bn_batches: int = _option(
+        200,
+        "Batches, clean and augmented, from which batch norm statistics are gathered anew at the end; validation chooses "
+        "between these and the running ones. 0: none.",
+    )
 
 
 @dataclass

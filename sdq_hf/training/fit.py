@@ -244,9 +244,10 @@ def recalibrate(
     num_batches: int,
     reference: nn.Module | None = None,
 ) -> None:
-    """Gather batch-norm statistics anew (METHOD 6.3), averaged over ranks; kept where validation does not get worse.
+    """Leave the batch-norm statistics that are best on validation: the model's own, or those of `num_batches` batches.
 
-    Worse is a higher KL divergence from `reference`, or without it a higher loss.
+    These are gathered from training images, clean as in calibration (METHOD 6.3) and augmented as in training, and
+    averaged over ranks. Best is the lowest KL divergence from `reference`, or without it the lowest loss.
     """
     norms: list[Any] = [
         m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None
@@ -258,13 +259,19 @@ def recalibrate(
         metrics = evaluate(model, loaders["validation"], accelerator, reference=reference)
         return metrics["loss"] if reference is None else metrics["kl"]
 
-    before = score()
-    old = [(norm.running_mean.clone(), norm.running_var.clone()) for norm in norms]
-    model.recalibrate_batch_norm(loaders["calibration"], num_batches)
-    for norm in norms:
-        norm.running_mean.copy_(accelerator.reduce(norm.running_mean, reduction="mean"))
-        norm.running_var.copy_(accelerator.reduce(norm.running_var, reduction="mean"))
-    if score() > before:
-        for norm, (mean, var) in zip(norms, old, strict=True):
-            norm.running_mean.copy_(mean)
-            norm.running_var.copy_(var)
+    def statistics() -> list[tuple[Tensor, Tensor]]:
+        return [(norm.running_mean.clone(), norm.running_var.clone()) for norm in norms]
+
+    # Running statistics are of the last few batches; at one or two bits a model's divergence hangs on them.
+    lowest, best = score(), statistics()
+    for name in ("calibration", "train"):
+        # Always the same batches: a resumed run ends as the uninterrupted one.
+        model.recalibrate_batch_norm(_pass(loaders[name], 0, 0), num_batches)
+        for norm in norms:
+            norm.running_mean.copy_(accelerator.reduce(norm.running_mean, reduction="mean"))
+            norm.running_var.copy_(accelerator.reduce(norm.running_var, reduction="mean"))
+        if (divergence := score()) < lowest:
+            lowest, best = divergence, statistics()
+    for norm, (mean, variance) in zip(norms, best, strict=True):
+        norm.running_mean.copy_(mean)
+        norm.running_var.copy_(variance)

@@ -18,7 +18,7 @@ from sdq_hf import SDQForImageClassification
 from sdq_hf.training.checkpoints import DamagedError
 from sdq_hf.training.data import load_image_data
 from sdq_hf.training.evaluation import evaluate
-from sdq_hf.training.fit import fit
+from sdq_hf.training.fit import fit, recalibrate
 from sdq_hf.training.interrupt import Interrupt, Interrupted
 from sdq_hf.training.loaders import build_loaders
 from sdq_hf.training.losses import DivergedError, distillation, kl_divergence, ramp, total_bin_regularization
@@ -167,6 +167,38 @@ def test_batch_norm_keeps_its_statistics_after_a_part_of_the_training(tmp_path, 
     state = fit(model, cross_entropy, loaders(accelerator), recipe, accelerator, tmp_path, eval_metric="loss")
     assert state.best_epoch == 2
     same(model, plain.state_dict())
+
+
+class ChannelStatistics(nn.Module):
+    """A batch norm between two layers, gathered anew as the model's are."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, CLASSES))
+
+    def forward(self, pixel_values):
+        return self.layers(pixel_values)
+
+    recalibrate_batch_norm = SDQForImageClassification.recalibrate_batch_norm
+    device = torch.device("cpu")
+
+
+@pytest.mark.parametrize("right", ["running", "calibration", "train"])
+def test_the_statistics_that_are_best_on_validation_are_left(right):
+    accelerator = Accelerator(cpu=True)
+    sources = {name: DataLoader(Rows(40, seed), batch_size=BATCH) for seed, name in enumerate(("calibration", "train"))}
+    model = ChannelStatistics()
+    # Of 3 of 5 batches, as asked below. The reference has the right ones, so that only they have no divergence.
+    expected = {"running": (torch.zeros(8), torch.ones(8))}
+    for name, source in sources.items():
+        values = model.layers[0](source.dataset.x[: 3 * BATCH]).view(3, BATCH, 8)
+        expected[name] = values.mean(1).mean(0), values.var(1).mean(0)
+    reference = copy.deepcopy(model).eval()
+    reference.layers[1].running_mean, reference.layers[1].running_var = expected[right]
+    validation = accelerator.prepare(DataLoader(Rows(20, seed=2), batch_size=10))
+    recalibrate(model, {**sources, "validation": validation}, accelerator, 3, reference)
+    torch.testing.assert_close((model.layers[1].running_mean, model.layers[1].running_var), expected[right])
 
 
 def test_a_part_of_an_epoch_is_trained_and_a_training_that_goes_on_from_there_is_whole(tmp_path):
