@@ -195,11 +195,11 @@ def tuned(
 
 
 def as_found(run: Run, strategy: Strategy) -> dict[str, float]:
-    """Metrics of a strategy on the validation split without any training, batch norm recalibrated."""
+    """Metrics of a strategy on the validation split without any training, batch norm recalibrated on clean images."""
     model, loaders = run.quantize(run.network), run.loaders()
     model.set_strategy(strategy)
     model.calibrate(loaders["calibration"])
-    recalibrate(model, loaders, run.accelerator, run.arguments.finetune.bn_batches, run.network)
+    recalibrate(model, loaders, run.accelerator, 50, run.network, sources=("calibration",))
     return evaluate(model, loaders["validation"], run.accelerator, reference=run.network)
 
 

@@ -3,7 +3,7 @@
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -243,11 +243,13 @@ def recalibrate(
     accelerator: Accelerator,
     num_batches: int,
     reference: nn.Module | None = None,
+    sources: Sequence[str] = ("calibration", "train"),
 ) -> None:
     """Leave the batch-norm statistics that are best on validation: the model's own, or those of `num_batches` batches.
 
     These are gathered from training images, clean as in calibration (METHOD 6.3) and augmented as in training, and
-    averaged over ranks. Best is the lowest KL divergence from `reference`, or without it the lowest loss.
+    averaged over ranks; `sources` are their loaders. Best is the lowest KL divergence from `reference`, or without it the
+    lowest loss.
     """
     norms: list[Any] = [
         m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None
@@ -264,7 +266,7 @@ def recalibrate(
 
     # Running statistics are of the last few batches; at one or two bits a model's divergence hangs on them.
     lowest, best = score(), statistics()
-    for name in ("calibration", "train"):
+    for name in sources:
         # Always the same batches: a resumed run ends as the uninterrupted one.
         model.recalibrate_batch_norm(_pass(loaders[name], 0, 0), num_batches)
         for norm in norms:
