@@ -32,6 +32,7 @@ def test_exports_are_measured_against_the_float_file_and_the_model(tmp_path: Pat
     assert row["quartiles"][0] <= row["ratio"] <= row["quartiles"][1]
     assert row["exact_mb"] < row["int8_mb"] < row["float_mb"]
     assert f"| resnet8_cifar | 4 | 2 | {row['float_ms']:.1f} | {row['int8_ms']:.1f} |" in done.stdout
+    assert f"| {row['own_ratio']:.2f} |" in done.stdout
     agreement = found["agreement"]
     assert agreement["images"] == 50
     exact, int8 = agreement["rows"]["exact, basic"], agreement["rows"]["int8"]
