@@ -12,6 +12,9 @@ from .units import Unit, layer_units
 
 logger = logging.getLogger(__name__)
 
+# Of the squared error of rounding, with each bit less; what a layer loses by its next step is taken to grow as much.
+ERROR_GROWTH = 4.0
+
 # A unit's bits, by name: a layer's, where each layer has its own. Only what is searched is in it.
 Bits = dict[str, int]
 
@@ -313,11 +316,8 @@ class Descent:
         return budget - self.total(bits) <= self.cost.tolerance(budget)
 
     def _last_damage(self, name: str) -> float:
-        """A stand-in for the damage of the layer's next step, not measured yet: four times that of its last one.
-
-        The squared error of rounding grows fourfold with each bit.
-        """
-        return 4 * self.damage[name].get(self.bits[name], 0.0)
+        """A stand-in for the damage of the layer's next step, not measured yet, by that of its last one."""
+        return ERROR_GROWTH * self.damage[name].get(self.bits[name], 0.0)
 
     def _regained(self, bits: Bits) -> float:
         """Damage that raising layers from the present bits to `bits` takes back."""

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from ..strategy import Strategy
+from .descent import ERROR_GROWTH
 from .errors import quantization_errors
 from .task import Task
 
@@ -38,7 +39,9 @@ def size(task: Task) -> list[Strategy]:
     That is what minimises `sum_l 4^-b_l`, the error of rounding when all layers are alike, within a budget (reverse
     water-filling of rate-distortion theory). A plain reading of the paper's search comes down to such a rule (METHOD 8).
     """
-    return _least_growth(task, {name: {b: 4.0**-b for b in task.descent.candidates} for name in task.descent.names})
+    return _least_growth(
+        task, {name: {b: ERROR_GROWTH**-b for b in task.descent.candidates} for name in task.descent.names}
+    )
 
 
 def greedy(task: Task) -> list[Strategy]:

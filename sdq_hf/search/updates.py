@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..quantizers.stochastic import draw, gumbel_choice
-from .descent import Descent
+from .descent import ERROR_GROWTH, Descent
 
 
 @dataclass(frozen=True)
@@ -103,8 +103,8 @@ class TwoSided:
             is one that is too low; with this a layer that is not measured well enough waits (our choice).
         keep: how fast draws are forgotten as other layers step down: the weight of a draw against that of the next.
         simpson_from: steps down from at most so many bits are measured at three places; 0: none.
-        growth: of the damage from one step to the next, for a layer that is not measured yet; the squared error of rounding
-            grows fourfold with each bit. 0: all others wait for a layer that has just stepped.
+        growth: of the damage from one step to the next, for a layer that is not measured yet; default: that of the squared
+            error of rounding. 0: all others wait for a layer that has just stepped.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class TwoSided:
         caution: float = 2.0,
         keep: float = 0.99,
         simpson_from: int = 2,
-        growth: float = 4.0,
+        growth: float = ERROR_GROWTH,
     ):
         self.descent, self.seed, self.caution, self.keep = descent, seed, caution, keep
         self.min_draws, self.max_draws, self.simpson_from, self.growth = min_draws, max_draws, simpson_from, growth
