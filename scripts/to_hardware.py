@@ -1,7 +1,7 @@
 """Put a quantized model in the hardware profile, train it there for a while, and say what that costs.
 
     python scripts/to_hardware.py --model runs/demo/models/sdq-bits-2 --output_dir runs/hardware
-    python scripts/to_hardware.py --model org/resnet18-sdq@w2 --dataset FOLDER_OR_HUB_ID --output_dir runs/hardware --epochs 2
+    accelerate launch scripts/to_hardware.py --model org/resnet18-sdq@w2 --dataset FOLDER_OR_HUB_ID --output_dir runs/hardware
 
 In the profile batch norm is folded, scales are powers of two, biases are whole numbers. The model learns there from the
 outputs of the model that it was made from (or of `--teacher`, a file of float weights); bits stay what they are. It is saved
@@ -31,7 +31,7 @@ from sdq_hf.training.evaluation import evaluate
 from sdq_hf.training.fit import fit
 from sdq_hf.training.loaders import build_loaders
 from sdq_hf.training.optim import OptimizerArguments
-from sdq_hf.training.stages import load_data, loss_of_teacher
+from sdq_hf.training.stages import end, load_data, loss_of_teacher, share_steps
 from sdq_hf.writing import remove, write_json
 
 
@@ -88,6 +88,7 @@ def run(options: HardwareArguments, data: DataArguments, training: OptimizerArgu
         teacher = teacher.eval().to(accelerator.device)
     rows = {"before": metrics_of(model, loaders, accelerator, teacher)}
     profile = model.to_hardware_profile(loaders["calibration"], weight_scale=options.weight_scale)
+    share_steps(profile)
     # What has no integer form is better known before the training than after it.
     integer_network(profile)
     rows["profile"] = metrics_of(profile, loaders, accelerator, teacher)
@@ -104,10 +105,12 @@ def run(options: HardwareArguments, data: DataArguments, training: OptimizerArgu
             reference=teacher,
         )
         rows["trained"] = metrics_of(profile, loaders, accelerator, teacher)
+    if accelerator.is_main_process:
         remove(checkpoints)
-    profile.eval().save_pretrained(options.output_dir)
-    write_json(Path(options.output_dir) / "hardware.json", {"model": Path(options.model).name, "rows": rows})
-    print(table(rows))
+        profile.eval().save_pretrained(options.output_dir)
+        write_json(Path(options.output_dir) / "hardware.json", {"model": Path(options.model).name, "rows": rows})
+        print(table(rows))
+    end(accelerator)
 
 
 # Options of run_sdq.py that have no place here: the model has its own size, and learns from outputs of whole images.

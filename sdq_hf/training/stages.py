@@ -526,21 +526,12 @@ class Run:
         return model
 
     def close(self) -> None:
-        """End the run: trackers finish, and processes part.
-
-        What was wrapped for several processes is freed first: when the wrapper outlives the connection, torch 2.11 can hang
-        while it frees both.
-        """
-        self.accelerator._models.clear()
-        self.accelerator._optimizers.clear()
-        gc.collect()
-        self.accelerator.end_training()
+        end(self.accelerator)
 
     def _calibrate(self, model: SDQForImageClassification) -> None:
         """Fit activation steps to the main process's images; all ranks take its result."""
         model.calibrate(self.loaders()["calibration"])
-        for quantizer in input_quantizers(model).values():
-            quantizer.load_state_dict(broadcast(dict(quantizer.state_dict())))
+        share_steps(model)
         if self.arguments.run.torch_compile:
             # Quantizers read numbers from their state at the first use, which would break a compiled graph.
             with torch.no_grad():
@@ -642,6 +633,24 @@ def load_data(data: DataArguments, seed: int) -> ImageData:
         on_bad_image=data.on_bad_image,
         on_missing_class=data.on_missing_class,
     )
+
+
+def end(accelerator: Accelerator) -> None:
+    """Trackers finish, and processes part.
+
+    What was wrapped for several processes is freed first: when the wrapper outlives the connection, torch 2.11 can hang
+    while it frees both.
+    """
+    accelerator._models.clear()
+    accelerator._optimizers.clear()
+    gc.collect()
+    accelerator.end_training()
+
+
+def share_steps(model: nn.Module) -> None:
+    """All ranks take the activation steps that the main process has fitted to its images."""
+    for quantizer in input_quantizers(model).values():
+        quantizer.load_state_dict(broadcast(dict(quantizer.state_dict())))
 
 
 def loss_of_teacher(teacher: nn.Module, mixup: Callable[..., Any] | None = None) -> LossFunction:

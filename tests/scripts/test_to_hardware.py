@@ -2,17 +2,24 @@
 
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from PIL import Image as PILImage
 
 from sdq_hf import SDQForImageClassification
 from sdq_hf.backbones import create_backbone
 from sdq_hf.export.lower import integer_network
+from sdq_hf.training.data import load_image_data
+from sdq_hf.training.evaluation import evaluate
+from sdq_hf.training.loaders import build_loaders
 from tests.hub_server import HubServer, patch_client
 from tests.test_hardware_profile import trained_looks
 
@@ -79,6 +86,34 @@ def test_it_leaves_a_model_in_the_profile_and_its_metrics(main, images: Path, mo
     pixels = torch.randn(3, 1, SIZE, SIZE)
     with torch.no_grad():
         assert torch.equal(integer_network(loaded.eval()).logits(pixels), loaded(pixels).logits.double())
+    assert {path.name for path in out.iterdir()} == {"config.json", "hardware.json", "model.safetensors"}
+
+
+def test_two_processes_leave_one_model(images: Path, model: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        str(SCRIPT),
+        "--model",
+        str(model),
+    ]
+    command += ["--output_dir", str(out), "--dataset", str(images), "--cpu", "true", "--epochs", "2", "--lr", "0.001"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("test top-1") == 1
+    rows = json.loads((out / "hardware.json").read_text())["rows"]
+    # What was saved is what was evaluated, on whichever rank; all 64 images of the split count once.
+    loaded, data = SDQForImageClassification.from_pretrained(out).eval(), load_image_data(str(images))
+    loaders = build_loaders(data, loaded.config.pretrained_cfg)
+    reference = SDQForImageClassification.from_pretrained(model).eval()
+    found = evaluate(loaded, loaders["test"], Accelerator(cpu=True), reference=reference)
+    assert found == pytest.approx(rows["trained"]["test"], rel=1e-5)
     assert {path.name for path in out.iterdir()} == {"config.json", "hardware.json", "model.safetensors"}
 
 
