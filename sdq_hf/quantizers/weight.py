@@ -128,16 +128,13 @@ def best_scale(
 
 def _best_power_of_two(w: Tensor, form: str, grid: str, bits: int, per_channel: bool) -> Tensor:
     half = half_range(grid, bits)
-    if form == "lsq":
-        # All of them, from above the largest weight down to a hundredth of it.
-        start, factors = (w.abs().flatten(1).amax(1) if per_channel else w.abs().max()), range(1, -8, -1)
-    else:
-        start, factors = _best_scale(w, form, grid, bits, per_channel), range(1, -2, -1)
-    units = nearest_power_of_two((start / half).clamp_min(_LEAST_UNIT))
+    largest = w.abs().flatten(1).amax(1) if per_channel else w.abs().max()
+    units = nearest_power_of_two((largest / half).clamp_min(_LEAST_UNIT))
     # A channel of zeros, or of next to nothing beside the others, would ask for integers of any length behind it.
     least_unit = max(_LEAST_UNIT, _LEAST_SHARE * units.max().item())
     best, least = units * half, torch.full_like(units, math.inf)
-    for k in factors:
+    # All of them, from above the largest weight down to a hundredth of it.
+    for k in range(1, -8, -1):
         scale = (units * 2.0**k).clamp_min(least_unit) * half
         values = to_channels(scale, w) if per_channel else scale
         errors = (dequantize(quantize_to_integers(w, form, grid, bits, values), grid, bits, values) - w).square()
@@ -163,9 +160,8 @@ def _best_scale(w: Tensor, form: str, grid: str, bits: int, per_channel: bool) -
     for factor in factors.tolist():
         scale = top * factor
         integers = quantize_to_integers(w, form, grid, bits, scale)
-        norm = total(integers.square())
-        refined = total(w * integers) / norm.clamp_min(1) * half_range(grid, bits)
-        scale = torch.where((norm > 0) & (refined > 0), refined, scale)
+        refined = total(w * integers) / total(integers.square()).clamp_min(1) * half_range(grid, bits)
+        scale = torch.where(refined > 0, refined, scale)
         error = total((dequantize(quantize_to_integers(w, form, grid, bits, scale), grid, bits, scale) - w).square())
         best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
     return best.flatten() if per_channel else best

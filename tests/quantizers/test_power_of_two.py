@@ -35,6 +35,15 @@ def test_a_channel_of_nothing_has_no_unit_far_below_the_others():
     assert abs(usual - 10 - nothing) <= 1
 
 
+@pytest.mark.parametrize("form", ["dorefa", "entropy", "lsq"])
+def test_the_least_unit_is_a_millionth(form):
+    w = 1e-9 * torch.randn(50, generator=torch.Generator().manual_seed(0))
+    quantizer = WeightQuantizer(form, "twos_complement", 4, power_of_two=True)
+    quantizer.fit_scale(w)
+    # All weights of LSQ round to zero, with this unit and with twice as much.
+    assert quantizer.unit.item() == 2.0 ** (-19 if form == "lsq" else -20)
+
+
 def test_what_is_made_of_codes_takes_no_gradient_and_what_a_quantizer_says_of_itself():
     quantizer = WeightQuantizer("lsq", "midrise", 3, power_of_two=True)
     assert not quantizer.from_codes(torch.zeros(4, dtype=torch.uint8)).requires_grad
@@ -49,19 +58,23 @@ def test_its_gradient_goes_straight_through():
     assert x.grad.tolist() == [1.0, 2.0, 3.0]
 
 
+@pytest.mark.parametrize("form", ["dorefa", "entropy", "lsq"])
 @pytest.mark.parametrize("grid", ["midrise", "twos_complement"])
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
-def test_a_weight_scale_is_the_best_of_all_powers_of_two(grid: str, bits: int):
+def test_a_weight_scale_is_the_best_of_all_powers_of_two(form: str, grid: str, bits: int):
     torch.manual_seed(bits)
     w = torch.randn(3, 50) * torch.tensor([[0.05], [1.0], [9.0]])
-    scale = best_scale(w, "lsq", grid, bits, per_channel=True, power_of_two=True)
+    if form == "lsq":
+        scales = best_scale(w, form, grid, bits, per_channel=True, power_of_two=True)
+    else:
+        scales = torch.stack([best_scale(row, form, grid, bits, power_of_two=True) for row in w])
 
     def error(channel: int, k: int) -> float:
         candidate = torch.tensor(2.0**k * half_range(grid, bits))
-        values = dequantize(quantize_to_integers(w[channel], "lsq", grid, bits, candidate), grid, bits, candidate)
+        values = dequantize(quantize_to_integers(w[channel], form, grid, bits, candidate), grid, bits, candidate)
         return float((values - w[channel]).square().sum())
 
-    for channel, k in enumerate(exponent(scale / half_range(grid, bits)).tolist()):
+    for channel, k in enumerate(exponent(scales / half_range(grid, bits)).tolist()):
         assert error(channel, k) == min(error(channel, other) for other in range(-16, 6))
 
 

@@ -114,6 +114,29 @@ def test_best_scale_is_as_good_as_a_dense_search(form, grid, bits):
     assert error(best_scale(w, form, grid, bits)) <= 1.03 * best + 1e-6
 
 
+@pytest.mark.parametrize("power_of_two", [False, True])
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("bits", BITS)
+def test_best_scale_has_the_unit_of_the_weights(grid, bits, power_of_two):
+    w = weights(5, 120).view(4, 30)
+    for per_channel in (False, True):
+        for factor in (2.0**-10, 2.0**10):
+            found = best_scale(factor * w, "lsq", grid, bits, per_channel, power_of_two)
+            assert torch.equal(found, factor * best_scale(w, "lsq", grid, bits, per_channel, power_of_two))
+
+
+def test_channels_whose_bits_stay_keep_their_scale():
+    w, quantizer = weights(6, 40).view(4, 10), WeightQuantizer("lsq", "midrise", (3, 2, 3, 5), channels=4)
+    quantizer.fit_scale(w)
+    with torch.no_grad():
+        quantizer.scale.mul_(1.25)
+    before = quantizer.scale.detach().clone()
+    quantizer.set_bits((3, 4, 3, 1), w)
+    for c, bits in ((1, 4), (3, 1)):
+        torch.testing.assert_close(quantizer.scale[c], best_scale(w[c], "lsq", "midrise", bits))
+    assert torch.equal(quantizer.scale[::2], before[::2])
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("bits", BITS)
