@@ -38,6 +38,15 @@ def digest(state: Mapping[str, Tensor]) -> bytes:
     return sha.digest()
 
 
+def stored_digest(folder: Path) -> str | None:
+    """The digest, as hexadecimal digits, that the weight files of the model in `folder` hold; None where they hold none."""
+    for path in sorted(folder.glob("model*.safetensors")):
+        with _opened(str(path)) as file:
+            if DIGEST in file.keys():  # noqa: SIM118 (a file handle, not a mapping)
+                return bytes(file.get_tensor(DIGEST).tolist()).hex()
+    return None
+
+
 def check_files(files: Sequence[str], expected: Mapping[str, Tensor], optional: Iterable[str] = ()) -> None:
     """Compare the tensors in safetensors `files` with `expected`, name -> tensor of the same shape and type (on any device).
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..checkpoint import DIGEST, stored_digest
 from ..costs import bitops_text
 from ..modeling_sdq import SDQForImageClassification
 from ..packed_files import REMOTE_CODE, weight_file_bytes
@@ -91,7 +92,7 @@ def create_card(
     ]
     facts: dict[str, Any] = {} if run is None else _of_run(run, repo_id)
     return ModelCard.from_template(
-        _metadata(model, run, license),
+        _metadata(model, folder, run, license),
         template_path=str(_template()),
         title=repo_id.split("/")[1],
         repo_id=repo_id,
@@ -156,11 +157,16 @@ def _of_run(run: RunFacts, repo_id: str) -> dict[str, Any]:
     }
 
 
-def _metadata(model: SDQForImageClassification, run: RunFacts | None, license: str | None) -> ModelCardData:
-    config = model.config
+def _metadata(
+    model: SDQForImageClassification, folder: Path, run: RunFacts | None, license: str | None
+) -> ModelCardData:
+    config, weights = model.config, stored_digest(folder)
     base: dict[str, Any] = (
         {"base_model": config.base_model, "base_model_relation": "quantized"} if config.base_model else {}
     )
+    if weights:
+        # Of which weights the card tells: see `publish_folder`.
+        base[DIGEST] = weights
     evaluated: dict[str, Any] = {}
     if run is not None:
         data = run.results["data"]

@@ -12,6 +12,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Mo
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
+from ..checkpoint import DIGEST, stored_digest
 from ..modeling_sdq import SDQForImageClassification
 from ..packed_files import REMOTE_CODE
 from .card import PICTURES, RunFacts, create_card, main_method, with_repo_id
@@ -59,14 +60,23 @@ def publish_folder(
     Only the files of a model are published. `kept` is what an error says of where the model is.
 
     Raises `PublishError` when the Hub cannot be reached or refuses; `ValueError` when the folder holds no such model, or its
-    card has metadata that is no YAML.
+    card has metadata that is no YAML or was written for other weights.
     """
     folder = Path(folder)
     model = SDQForImageClassification.from_pretrained(folder)
-    if card is None:
-        path = folder / "README.md"
-        card = path.read_text(encoding="utf-8") if path.exists() else create_card(model, folder)
-    _check_card(str(card), folder)
+    path = folder / "README.md"
+    if card is not None:
+        _check_card(str(card), folder)
+    elif path.exists():
+        card = path.read_text(encoding="utf-8")
+        told = _check_card(card, folder).data.to_dict().get(DIGEST)
+        if told not in (None, stored_digest(folder)):
+            raise ValueError(
+                f"{path} tells of other weights than those in its folder, saved later: remove it and plots/, and a "
+                f"card without accuracy is written, or take its line {DIGEST!r} out if you have brought it up to date."
+            )
+    else:
+        card = create_card(model, folder)
     files = [path for path in folder.rglob("*") if path.is_file() and _is_own(path.relative_to(folder).as_posix())]
     names = [path.relative_to(folder).as_posix() for path in files]
     with _explained(repo_id, kept or f"the model is in {folder}"):
@@ -157,10 +167,10 @@ def revision_of(row: Mapping[str, Any]) -> str:
     return prefix + budget
 
 
-def _check_card(card: str, folder: Path) -> None:
-    """`ValueError` for a card whose metadata cannot be read."""
+def _check_card(card: str, folder: Path) -> ModelCard:
+    """The card; `ValueError` where its metadata cannot be read."""
     try:
-        ModelCard(card)
+        return ModelCard(card)
     except Exception as error:  # yaml has a dozen kinds of errors, huggingface_hub more
         reason = " ".join(str(error).split())
         raise ValueError(f"{folder / 'README.md'}: the metadata of the card cannot be read: {reason}") from error

@@ -241,6 +241,25 @@ def test_a_card_with_broken_metadata_is_refused_before_anything_is_sent(hub, fol
     assert hub.requests == []
 
 
+def test_the_card_of_other_weights_is_refused_before_anything_is_sent(hub, model, folder):
+    card.create_card(model, folder).save(folder / "README.md")
+    # Saved again with the same weights the card is still right.
+    model.save_pretrained(folder, print_size=False)
+    publish_folder(folder, REPO)
+    before = len(hub.requests)
+    other = SDQForImageClassification.from_pretrained(folder)
+    other.set_strategy(3)
+    other.save_pretrained(folder, print_size=False)
+    with pytest.raises(ValueError, match=r"README\.md tells of other weights than those in its folder"):
+        publish_folder(folder, REPO)
+    assert len(hub.requests) == before
+    # A card that the user answers for.
+    publish_folder(folder, REPO, card=card.create_card(other, folder))
+    (folder / "README.md").unlink()
+    publish_folder(folder, REPO)
+    assert "On average 3.00 bits" in hub.files(REPO)["README.md"].decode()
+
+
 def test_a_damaged_folder_is_not_published(hub, folder):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
