@@ -15,6 +15,9 @@ logger = logging.getLogger(__name__)
 # Of the squared error of rounding, with each bit less; what a layer loses by its next step is taken to grow as much.
 ERROR_GROWTH = 4.0
 
+# Of a step that nothing is known of: next to nothing, but the more of them the more.
+_LEAST_DAMAGE = 1e-9
+
 # A unit's bits, by name: a layer's, where each layer has its own. Only what is searched is in it.
 Bits = dict[str, int]
 
@@ -232,8 +235,7 @@ class Descent:
 
     def next_bits(self, name: str) -> int | None:
         """The next lower candidate of a layer, None at its floor."""
-        below = [b for b in self.ladder[name] if b < self._bits[name]]
-        return below[-1] if below else None
+        return self._lower(self._bits, name)
 
     def saved(self, name: str) -> float:
         """Cost that the layer's next step down saves."""
@@ -288,47 +290,101 @@ class Descent:
         """The present bits, refilled to just under the budget.
 
         One step of a big layer overshoots. Small layers are raised again, largest damage first. Where even that leaves
-        more than the tolerance unused, one more layer is stepped down to make room for others: of all such exchanges,
-        the one with the least damage.
+        more than the tolerance unused, one more layer is stepped down to make room for others; and where no such exchange
+        comes close enough, a layer is raised, and others step down for it. Of exchanges that come close enough it is the one
+        with the least damage. Where none does, the one that comes closest is made, and the next is looked for from there.
         """
-        best = self._refill(dict(self.bits), budget)
-        if self._is_close(best, budget):
-            return best
-        exchanges = []
-        for name in self.movable:
-            lower = self.next_bits(name)
-            assert lower is not None
-            bits = self._refill({**self.bits, name: lower}, budget, fixed=name)
-            price = self._last_damage(name) - self._regained(bits)
-            if self._is_close(bits, budget):
-                exchanges.append((price, name, bits))
-        if exchanges:
-            return min(exchanges)[2]
-        logger.warning(
-            "Budget of %s: the nearest strategy below it costs %s; single layers of this network are too large to come "
-            "closer.",
-            self.text(budget),
-            self.text(self.total(best)),
-        )
+        base = dict(self.bits)
+        best = self._refill(base, budget)
+        while not self._is_close(best, budget):
+            found: list[Bits] = []
+            for exchanged in (self._steps_down(base, budget), self._steps_up(base, budget)):
+                found += exchanged
+                close = [(self._price(bits), i, bits) for i, bits in enumerate(found) if self._is_close(bits, budget)]
+                if close:
+                    return min(close)[2]
+            base = max(found, key=self.total, default=best)
+            if self.total(base) <= self.total(best):
+                logger.warning(
+                    "Budget of %s: the nearest strategy below it that was found costs %s; steps of single layers of this "
+                    "network are too large to come closer.",
+                    self.text(budget),
+                    self.text(self.total(best)),
+                )
+                break
+            best = base
         return best
+
+    def _steps_down(self, base: Bits, budget: float) -> list[Bits]:
+        """For each layer: `base` with the layer one step down, and others raised."""
+        lower = {name: self._lower(base, name) for name in self.names}
+        return [
+            self._refill({**base, name: width}, budget, fixed=name)
+            for name, width in lower.items()
+            if width is not None
+        ]
+
+    def _steps_up(self, base: Bits, budget: float) -> list[Bits]:
+        """For each layer that has stepped down: `base` with the layer one step up, and others lower, where that is enough.
+
+        Each time it is the layer with the least damage per saved cost, of those that save no more than is needed; of the
+        others it is the smallest.
+        """
+        found = []
+        for raised in self.names:
+            if base[raised] not in self.damage[raised]:
+                continue
+            bits = {**base, raised: self._upper(base, raised)}
+            while (over := self.total(bits) - budget * (1 + 1e-9)) > 0:
+                steps = []
+                for name in self.names:
+                    width = self._lower(bits, name)
+                    if name != raised and width is not None:
+                        saved = -self._change(bits, name, width)
+                        damage = self._price({**bits, name: width}) - self._price(bits)
+                        steps.append((saved > over, saved if saved > over else damage / saved, name, width))
+                if not steps:
+                    break
+                *_, name, width = min(steps)
+                bits[name] = width
+            else:
+                found.append(self._refill(bits, budget, fixed=raised))
+        return found
+
+    def _lower(self, bits: Bits, name: str) -> int | None:
+        below = [b for b in self.ladder[name] if b < bits[name]]
+        return below[-1] if below else None
+
+    def _upper(self, bits: Bits, name: str) -> int:
+        return self.ladder[name][self.ladder[name].index(bits[name]) + 1]
 
     def _is_close(self, bits: Bits, budget: float) -> bool:
         return budget - self.total(bits) <= self.cost.tolerance(budget)
 
-    def _last_damage(self, name: str) -> float:
-        """A stand-in for the damage of the layer's next step, not measured yet, by that of its last one."""
-        return ERROR_GROWTH * self.damage[name].get(self.bits[name], 0.0)
+    def _price(self, bits: Bits) -> float:
+        """Damage of going from the present bits to `bits`.
 
-    def _regained(self, bits: Bits) -> float:
-        """Damage that raising layers from the present bits to `bits` takes back."""
-        return sum(
-            damage
-            for name in self.names
-            for rung, damage in self.damage[name].items()
-            if self.bits[name] <= rung < bits[name]
-        )
+        Raised layers take back what their steps were estimated at. That of steps down is not measured yet: it grows from
+        the layer's last one.
+        """
+        price = 0.0
+        for name, width in bits.items():
+            present = self.bits[name]
+            steps = sum(width <= b < present for b in self.ladder[name])
+            price += self._last_damage(name) * sum(ERROR_GROWTH**step for step in range(1, steps + 1))
+            price -= sum(damage for rung, damage in self.damage[name].items() if present <= rung < width)
+        return price
+
+    def _last_damage(self, name: str) -> float:
+        """Of the layer's last step down; where it has made none, the mean of the others' first ones."""
+        if self.bits[name] in self.damage[name]:
+            return self.damage[name][self.bits[name]]
+        first = [damages[max(damages)] for damages in self.damage.values() if damages]
+        return max(sum(first) / len(first), _LEAST_DAMAGE) if first else _LEAST_DAMAGE
 
     def _refill(self, bits: Bits, budget: float, fixed: str | None = None) -> Bits:
+        """`bits` with layers raised that have stepped down, while there is room; `fixed` stays where it is."""
+        bits = dict(bits)
         while True:
             slack = budget * (1 + 1e-9) - self.total(bits)
             options = []
@@ -336,7 +392,7 @@ class Descent:
                 rung = bits[name]
                 if name == fixed or rung not in self.damage[name]:
                     continue
-                upper = self.ladder[name][self.ladder[name].index(rung) + 1]
+                upper = self._upper(bits, name)
                 if self._change(bits, name, upper) <= slack:
                     options.append((self.damage[name][rung], name, upper))
             if not options:

@@ -73,7 +73,7 @@ def search(
         data: batches `{"pixel_values": [B, C, H, W]}`, iterated again and again (`set_epoch` is called when there).
             The rules "uniform", "random", "size" and "greedy" need none.
         budgets: in units of `cost`, and in any order. The strategy found costs at most the budget, and less by no more than
-            0.05 bits or 1 %.
+            0.05 bits or 1 %; a warning tells where the steps of a few large layers are too coarse for that.
         cost: "bits", average bits of the searchable layers; of the whole network "bytes" of the packed weights,
             "compression" of the weights, "bitops" for one image, and "lut", LUTs times cycles on an FPGA by our table; or
             a table of one's own, as in `sdq_hf.costs.get_cost`. `get_cost(cost).of_uniform(model.strategy, 3)` is the

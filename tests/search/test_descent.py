@@ -1,7 +1,10 @@
 """The way down by itself: what it costs at each step, and what is left behind at a budget."""
 
+import itertools
 import json
 import logging
+from operator import mul
+from random import Random
 
 import pytest
 import torch
@@ -111,10 +114,39 @@ def test_the_next_step_of_a_layer_counts_four_times_its_last_one():
         assert found_after(way_of(sizes, 11_650), ("f", f), ("d", 0.2), ("e", 0.1), ("a", 0.5)) == expected
 
 
+def test_several_layers_step_for_one_where_single_exchanges_leave_too_much():
+    # The sizes of ResNet-8. 3.83 average bits are left by the last step, of a layer with half of all weights.
+    sizes = {"a": 2304, "b": 2304, "c": 4608, "d": 9216, "e": 512, "f": 18432, "g": 36864, "h": 2048}
+    steps = [("f", 0.01), *(("g", 0.01 * 4**i) for i in range(4))]
+    found = found_after(way_of(sizes, 4.0 * sum(sizes.values())), *steps)
+    assert 3.95 <= sum(found[name] * sizes[name] for name in sizes) / sum(sizes.values()) <= 4.0
+    # Nothing is known of most layers: they go down together and not far.
+    assert found["g"] == 3
+    assert min(found.values()) >= 3
+
+
+def test_strategies_come_near_the_best_use_of_a_budget_that_there_is():
+    random = Random(0)
+    for _ in range(40):
+        sizes = [int(10 ** random.uniform(1, 4)) for _ in range(random.randint(3, 5))]
+        budget, weights = random.uniform(1.5, 5.8), sum(sizes)
+        way = way_of({f"l{i}": size for i, size in enumerate(sizes)}, budget * weights)
+        while not way.done:
+            name = random.choice(way.movable)
+            way.step_down(name, random.random() * 4.0 ** (6 - way.bits[name]))
+        averages = (sum(map(mul, bits, sizes)) / weights for bits in itertools.product(range(1, 7), repeat=len(sizes)))
+        most = max(average for average in averages if average <= budget)
+        (found,) = way.strategies()
+        assert min(most, budget - 0.05) - 0.17 <= found.average_bits() <= budget * (1 + 1e-9)
+
+
 def test_what_no_exchange_can_use_is_told(caplog):
     with caplog.at_level(logging.WARNING):
         assert found_after(way_of({"a": 1000, "b": 10}, 5500), ("a", 0.1)) == {"a": 5, "b": 6}
-    assert "Budget of 5.446 average bits: the nearest strategy below it costs 5.01 average bits" in caplog.text
+    assert (
+        "Budget of 5.446 average bits: the nearest strategy below it that was found costs 5.01 average bits"
+        in caplog.text
+    )
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         # Within 0.05 bits.
