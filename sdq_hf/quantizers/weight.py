@@ -31,7 +31,6 @@ from .grids import (
     half_range,
     integers_to_codes,
     round_to_grid,
-    spacing,
 )
 from .positive import KeepsPositive
 from .power_of_two import nearest_power_of_two
@@ -397,14 +396,13 @@ class WeightQuantizer(KeepsPositive, nn.Module):
 def _entropy_latent(x: Tensor, grid: str, bits: int) -> Tensor:
     """Weights that round to the levels `x` (in [-1, 1]) and have mean |w| = 1 / gamma, so that normalising leaves them.
 
-    The outermost bins have no outer edge: their weights move out as far as the mean asks for. Where that is less than
-    the bin's inner edge, the other weights make up the difference inside their own bins.
+    They begin at their levels. Where the mean asks for more, those of the outermost levels, whose bins have no outer edge,
+    move out. Where there are none, or the mean asks for less, all move by the same part of half a bin, which is enough:
+    the weights that `x` was made of had that mean, and stood in the same bins.
     """
-    half_bin = spacing(grid, bits) / 2 / half_range(grid, bits)
     low, high = (n / half_range(grid, bits) for n in extremes(grid, bits))
-    outer = (x <= low) | (x >= high)
-    inner = ~outer & (x != 0)
-    missing = x.numel() / entropy_gamma(bits) - x[inner].abs().sum()
-    reach = (missing / outer.sum().clamp_min(1)).clamp_min(1 - 0.9 * half_bin)
-    shift = (missing - reach * outer.sum()) / inner.sum().clamp_min(1)
-    return x.sign() * torch.where(outer, reach, torch.where(inner, x.abs() + shift, 0.0))
+    missing = x.numel() / entropy_gamma(bits) - x.abs().sum()
+    moving = (x <= low) | (x >= high) if missing > 0 else x != 0
+    if not moving.any():
+        moving = torch.ones_like(moving)
+    return torch.where(x < 0, -1.0, 1.0) * (x.abs() + moving * (missing / moving.sum()))

@@ -114,6 +114,24 @@ def test_best_scale_is_as_good_as_a_dense_search(form, grid, bits):
     assert error(best_scale(w, form, grid, bits)) <= 1.03 * best + 1e-6
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("bits", BITS)
+def test_one_weight_is_met_exactly(form, bits):
+    for value in (0.7, -0.002):
+        quantizer = WeightQuantizer(form, "twos_complement", bits)
+        quantizer.fit_scale(torch.tensor([value]))
+        assert quantizer(torch.tensor([value])).item() == pytest.approx(value, rel=1e-5)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("bits", BITS)
+def test_weights_at_the_ends_of_the_grid_take_their_gradient(grid, bits):
+    low, high = extremes(grid, bits)
+    w = torch.tensor([low - 1.0, low, high, high + 1.0], requires_grad=True)
+    fake_quantize(w, "lsq", grid, bits, torch.tensor(float(half_range(grid, bits)))).sum().backward()
+    assert w.grad.tolist() == [0.0, 1.0, 1.0, 0.0]
+
+
 @pytest.mark.parametrize("power_of_two", [False, True])
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("bits", BITS)
@@ -154,6 +172,28 @@ def test_latent_weights_are_quantized_to_the_same(form, grid, bits, shaped):
         loaded.scale.copy_(quantizer.scale)
         latent = loaded.latent(quantizer.codes(w))
         assert torch.equal(loaded(latent), quantized)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("grid", GRIDS)
+def test_latent_weights_of_small_layers_are_quantized_to_the_same(form, grid):
+    generator = torch.Generator().manual_seed(0)
+    # Few weights, most of them large, or zero, or of one sign: their mean then hangs on each of them.
+    shapes = (
+        torch.clone,
+        lambda w: w.sign() + 0.05 * w,
+        lambda w: w * (w.abs() < 0.7),
+        lambda w: w**3,
+        lambda w: w.sign() * (w.abs() < 0.8) + 0.02 * w,
+        torch.square,
+    )
+    for trial in range(600):
+        w = shapes[trial % 6](torch.randn(2 + trial % 19, generator=generator))
+        quantizer = WeightQuantizer(form, grid, 1 + trial % 8)
+        quantizer.fit_scale(w)
+        with torch.no_grad():
+            codes, quantized = quantizer.codes(w), quantizer(w)
+            assert torch.equal(quantizer(quantizer.latent(codes)), quantized)
 
 
 @pytest.mark.parametrize("form", FORMS)
