@@ -163,6 +163,9 @@ class RunArguments:
         "all", "What to do; a single stage builds on what earlier ones left in output_dir."
     )
     resume: bool = _option(False, "Go on where the run in output_dir stopped.")
+    overwrite: bool = _option(
+        False, "Remove the run in output_dir and start anew; with --resume, or a later stage, it goes on all the same."
+    )
     save_steps: int = _option(
         200,
         "Batches of a search, and updates of a training, between checkpoints; a training has one after each epoch too.",
@@ -221,7 +224,7 @@ class Arguments:
 
 # Options that do not change the result.
 _NOT_IN_COMMAND = {
-    *("output_dir", "stage", "resume", "report_to", "cpu", "workers", "prefetch_factor", "pin_memory"),
+    *("output_dir", "stage", "resume", "overwrite", "report_to", "cpu", "workers", "prefetch_factor", "pin_memory"),
     *("push_to_hub", "hub_model_id", "hub_private_repo", "hub_license", "save_steps", "save_total_limit"),
 }
 _PATHS = {"dataset", "data_dir", "checkpoint", "pretrained_path", "kd_teacher_checkpoint"}

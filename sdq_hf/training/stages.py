@@ -63,7 +63,7 @@ _RESULT_OF = {"teacher": "teacher/model.safetensors", "search": "search/strategi
 _FIRST = {"arguments.json.new"}
 # Options that may differ when a run is resumed.
 _FREE = {
-    *("stage", "resume", "output_dir", "report_to", "workers", "prefetch_factor", "pin_memory", "cpu"),
+    *("stage", "resume", "overwrite", "output_dir", "report_to", "workers", "prefetch_factor", "pin_memory", "cpu"),
     *("push_to_hub", "hub_model_id", "hub_private_repo", "hub_license", "save_steps", "save_total_limit"),
 }
 
@@ -137,20 +137,28 @@ class Run:
         options = self.arguments.to_dict()
         if run.resume or run.stage not in ("all", "teacher"):
             if not path.exists():
-                raise ArgumentError(
-                    f"--output_dir {self.folder} holds no run to go on with: start one without --resume"
-                )
-            before = load_json(path, "start anew without --resume")
+                nothing = f"--output_dir {self.folder} holds no run to go on with"
+                if run.resume:
+                    raise ArgumentError(f"{nothing}: start one without --resume")
+                raise ArgumentError(f"--stage {run.stage}: {nothing}: run --stage teacher there first, or name another")
+            anew = "start anew with --overwrite true in place of --resume" if run.resume else "choose another folder"
+            before = load_json(path, anew)
             if run.resume:
-                _check_same(before, options)
+                _check_same(before, options, anew)
             else:
                 # A single stage builds on the data split and the network of those before it.
                 shared = {**vars(self.arguments.model), **vars(self.arguments.data), "seed": run.seed}
-                _check_same(before, shared)
+                _check_same(before, shared, anew)
                 for stage in STAGES[: STAGES.index(run.stage)]:
                     if not (self.folder / _RESULT_OF[stage]).exists():
                         raise self._missing(stage)
-        elif self.folder.exists() and not path.exists() and {p.name for p in self.folder.iterdir()} - _FIRST:
+        elif path.exists():
+            if not run.overwrite:
+                raise ArgumentError(
+                    f"--output_dir {self.folder} holds a run: go on with it (--resume true), remove it and start anew "
+                    "(--overwrite true), or choose another folder (--output_dir)"
+                )
+        elif self.folder.exists() and {p.name for p in self.folder.iterdir()} - _FIRST:
             raise ArgumentError(
                 f"--output_dir {self.folder} is not empty and holds no earlier run: choose another folder"
             )
@@ -686,12 +694,12 @@ def _uniform_above(cost: Cost, budget: float, strategy: Strategy) -> int:
     return max(bits for bits in costs if costs[bits] == enough)
 
 
-def _check_same(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], anew: str) -> None:
     for name, value in now.items():
         if name not in _FREE and before.get(name, value) != value:
             raise ArgumentError(
-                f"--{name} was {before[name]!r} when the run started and is {value!r} now: resume with the same options, "
-                "or start anew without --resume"
+                f"--{name} was {before[name]!r} when the run started and is {value!r} now: go on with the same options, "
+                f"or {anew}"
             )
 
 

@@ -615,8 +615,8 @@ def test_a_wrong_token_is_told_before_the_run(data, hub, tmp_path, capsys, monke
         ({"report_to": "wandbb"}, "did you mean 'wandb'"),
         ({"test_split": "tset"}, "tset"),
         ({"dataset": "/nowhere/at/all"}, "/nowhere/at/all"),
-        ({"resume": "true"}, "no run to go on with"),
-        ({"stage": "finetune"}, "no run to go on with"),
+        ({"resume": "true"}, "holds no run to go on with: start one without --resume"),
+        ({"stage": "finetune"}, "holds no run to go on with: run --stage teacher there first"),
     ],
 )
 def test_a_wrong_option_is_one_line_with_exit_code_2_and_nothing_is_written(data, tmp_path, capsys, changes, message):
@@ -707,6 +707,31 @@ def test_resuming_with_other_options_is_refused_and_a_strange_folder_left_alone(
     (tmp_path / "thesis.txt").write_text("mine")
     assert main(options(data, tmp_path)) == 2
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_finished_run_is_removed_only_when_that_is_asked_for(data, finished, tmp_path, capsys):
+    folder = shutil.copytree(finished[0], tmp_path / "run")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    other = {"teacher_epochs": 1, "seed": 3}
+    for stage in ("all", "teacher"):
+        assert main(options(data, folder, stage=stage, **other)) == 2
+        (error,) = capsys.readouterr().err.strip().splitlines()
+        assert f"--output_dir {folder} holds a run" in error
+        assert all(way in error for way in ("--resume true", "--overwrite true", "(--output_dir)"))
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    # What goes on with a run removes nothing of it.
+    with redirect_stdout(io.StringIO()):
+        assert main(options(data, folder, resume="true", overwrite="true")) == 0
+    assert rows_of(folder) == rows_of(finished[0])
+    with redirect_stdout(io.StringIO()):
+        assert main(options(data, folder, stage="teacher", overwrite="true", **other)) == 0
+    assert {path.name for path in folder.iterdir()} == {"arguments.json", "teacher"}
+    weights = [(run / "teacher" / "model.safetensors").read_bytes() for run in (folder, finished[0])]
+    assert weights[0] != weights[1]
+    # The same command goes on with --resume.
+    with redirect_stdout(io.StringIO()):
+        assert main(options(data, folder, stage="teacher", overwrite="true", resume="true", **other)) == 0
+    assert (folder / "teacher" / "model.safetensors").read_bytes() == weights[0]
 
 
 def test_a_stage_with_another_network_or_without_its_predecessor_leaves_everything(data, finished, tmp_path, capsys):
