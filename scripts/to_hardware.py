@@ -31,6 +31,7 @@ from sdq_hf.training.evaluation import evaluate
 from sdq_hf.training.fit import fit
 from sdq_hf.training.loaders import build_loaders
 from sdq_hf.training.optim import OptimizerArguments
+from sdq_hf.training.ranges import SEED
 from sdq_hf.training.stages import end, load_data, loss_of_teacher, share_steps
 from sdq_hf.writing import remove, write_json
 
@@ -45,7 +46,9 @@ class HardwareArguments:
     weight_scale: str | None = field(
         default=None, metadata={"help": "layer or channel; default: channel, where the weight quantizer can."}
     )
-    seed: int = field(default=0, metadata={"help": "Of data order, augmentation and the validation split."})
+    seed: int = field(
+        default=0, metadata={"help": "Of data order, augmentation and the validation split.", "range": SEED}
+    )
     cpu: bool = field(default=False, metadata={"help": "Stay on the CPU where there is a GPU."})
 
 

@@ -3,28 +3,31 @@
 import argparse
 import math
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, get_origin
 
 import yaml
+from torch import nn
 from transformers import HfArgumentParser
 
 from ..costs import get_cost
 from ..search import METHODS, SDQ_METHODS, check_granularity, check_options
 from ..strategy import FLOAT_BITS
-from .optim import OptimizerArguments, check_names
+from .optim import OptimizerArguments, check_names, create_optimizer
+from .ranges import BELOW_ONE, BETWEEN, NOT_NEGATIVE, POSITIVE, SEED, Range, check_numbers
 
 RIVALS = [name for name in METHODS if name not in SDQ_METHODS]
 
 
-def _option(default: Any, help: str) -> Any:
+def _option(default: Any, help: str, range: Range | None = None) -> Any:
+    metadata = {"help": help, "range": range}
     if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": help})
-    return field(default=default, metadata={"help": help})
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass
@@ -66,13 +69,13 @@ class DataArguments:
     train_split: str | None = _option(None, "Name of the training split.")
     validation_split: str | None = _option(None, "Name of the validation split; held out of train when there is none.")
     test_split: str | None = _option(None, "Name of the test split, read once at the end.")
-    validation_fraction: float = _option(0.1, "Part of train held out for validation, stratified.")
+    validation_fraction: float = _option(0.1, "Part of train held out for validation, stratified.", BETWEEN)
     streaming: bool = _option(
         False, "Read images while they are used, without downloading all first; needs --max_steps and all three splits."
     )
-    shuffle_buffer_size: int = _option(1000, "Images of a stream that wait in memory to be shuffled.")
-    max_train_samples: int | None = _option(None, "Use so many training images only.")
-    max_eval_samples: int | None = _option(None, "Use so many validation and test images only.")
+    shuffle_buffer_size: int = _option(1000, "Images of a stream that wait in memory to be shuffled.", POSITIVE)
+    max_train_samples: int | None = _option(None, "Use so many training images only.", POSITIVE)
+    max_eval_samples: int | None = _option(None, "Use so many validation and test images only.", POSITIVE)
     on_bad_image: Literal["error", "skip"] = _option(
         "error",
         "What to do with images that cannot be decoded; skip decodes all images once before the run, to find them.",
@@ -80,16 +83,16 @@ class DataArguments:
     on_missing_class: Literal["error", "keep"] = _option(
         "error", "What to do when a class has no training image; keep leaves it in the head, untrained."
     )
-    img_size: int | None = _option(None, "Side of the images in pixels; default: the model's own.")
+    img_size: int | None = _option(None, "Side of the images in pixels; default: the model's own.", POSITIVE)
     aug: Literal["none", "light", "rand"] = _option(
         "light", "Augmentation: none, light (crop and flip), rand (RandAugment and erasing)."
     )
-    mixup: float = _option(0.0, "timm's mixup alpha.")
-    cutmix: float = _option(0.0, "timm's cutmix alpha.")
-    label_smoothing: float = _option(0.0, "Label smoothing of the teacher's training.")
-    batch_size: int = _option(128, "Images per batch and process.")
-    workers: int = _option(0, "Processes that load images.")
-    prefetch_factor: int | None = _option(None, "Batches that each worker loads ahead; default: 2.")
+    mixup: float = _option(0.0, "timm's mixup alpha.", NOT_NEGATIVE)
+    cutmix: float = _option(0.0, "timm's cutmix alpha.", NOT_NEGATIVE)
+    label_smoothing: float = _option(0.0, "Label smoothing of the teacher's training.", BELOW_ONE)
+    batch_size: int = _option(128, "Images per batch and process.", POSITIVE)
+    workers: int = _option(0, "Processes that load images.", NOT_NEGATIVE)
+    prefetch_factor: int | None = _option(None, "Batches that each worker loads ahead; default: 2.", POSITIVE)
     pin_memory: bool | None = _option(None, "Load into pinned memory; default: where there is a GPU.")
 
 
@@ -97,20 +100,28 @@ class DataArguments:
 class TeacherArguments:
     """Training of the full-precision network, skipped with --pretrained or --checkpoint unless epochs are given."""
 
-    teacher_epochs: int | None = _option(None, "Passes over the training images; default 30, or 0 with given weights.")
-    teacher_max_steps: int | None = _option(None, "Updates, in place of epochs; needed where data are streamed.")
+    teacher_epochs: int | None = _option(
+        None, "Passes over the training images; default 30, or 0 with given weights.", NOT_NEGATIVE
+    )
+    teacher_max_steps: int | None = _option(
+        None, "Updates, in place of epochs; needed where data are streamed.", POSITIVE
+    )
     teacher_opt: str = _option("sgd", "timm optimizer.")
-    teacher_lr: float = _option(0.1, "Learning rate at the peak.")
-    teacher_weight_decay: float = _option(5e-4, "Of conv and linear weights only.")
-    teacher_batch_size: int | None = _option(None, "Images per batch and process; default: --batch_size.")
+    teacher_lr: float = _option(0.1, "Learning rate at the peak.", POSITIVE)
+    teacher_weight_decay: float = _option(5e-4, "Of conv and linear weights only.", NOT_NEGATIVE)
+    teacher_batch_size: int | None = _option(None, "Images per batch and process; default: --batch_size.", POSITIVE)
 
 
 @dataclass
 class SearchArguments:
     """Phase 1: budgets and how strategies for them are found."""
 
-    target_bits: list[float] = _option([], "Budgets in average weight bits of the searched layers, e.g. 2.0 3.6.")
-    target_bitops: list[float] = _option([], "Budgets in BitOPs, given as the uniform bits that cost as much, e.g. 2.")
+    target_bits: list[float] = _option(
+        [], "Budgets in average weight bits of the searched layers, e.g. 2.0 3.6.", POSITIVE
+    )
+    target_bitops: list[float] = _option(
+        [], "Budgets in BitOPs, given as the uniform bits that cost as much, e.g. 2.", POSITIVE
+    )
     budgets: list[str] = _option(
         [],
         "COST=VALUE: budgets in bits, bytes, compression, bitops, lut, or the cost of a JSON table, e.g. compression=12 "
@@ -127,9 +138,13 @@ class SearchArguments:
     )
     start_bits: int | None = _option(None, "Bits at which all layers start; default 6 or above every budget.")
     floors: list[str] = _option([], "PATTERN=BITS: fewest bits of the layers that match.")
-    search_batch_size: int | None = _option(None, "Images per batch and process of the search; default: --batch_size.")
-    search_weight_lr: float = _option(3e-4, "Learning rate of weights that follow the search; 0: they stay frozen.")
-    max_search_batches: int = _option(20_000, "Give up a search after so many batches.")
+    search_batch_size: int | None = _option(
+        None, "Images per batch and process of the search; default: --batch_size.", POSITIVE
+    )
+    search_weight_lr: float = _option(
+        3e-4, "Learning rate of weights that follow the search; 0: they stay frozen.", NOT_NEGATIVE
+    )
+    max_search_batches: int = _option(20_000, "Give up a search after so many batches.", POSITIVE)
 
 
 @dataclass
@@ -140,10 +155,10 @@ class FinetuneArguments(OptimizerArguments):
     kd_teacher: str | None = _option(None, "timm model that teaches; default: the full-precision network itself.")
     kd_teacher_checkpoint: str | None = _option(None, "Its weights; default: timm's pretrained ones.")
     ebr_weight: float = _option(
-        0.0, "Weight of entropy-aware bin regularization; the paper's is 0.1, meant for dorefa."
+        0.0, "Weight of entropy-aware bin regularization; the paper's is 0.1, meant for dorefa.", NOT_NEGATIVE
     )
     model_ema: bool = _option(False, "Keep the exponential moving average of the weights (timm's ModelEmaV3).")
-    model_ema_decay: float = _option(0.998, "Its decay.")
+    model_ema_decay: float = _option(0.998, "Its decay.", BELOW_ONE)
     eval_metric: Literal["kl", "loss", "top1", "top5"] | None = _option(
         None, "Which epoch is kept, by validation; default: kl to the teacher, as the training, or loss without one."
     )
@@ -151,6 +166,7 @@ class FinetuneArguments(OptimizerArguments):
         200,
         "Batches, clean and augmented, from which batch norm statistics are gathered anew at the end; validation chooses "
         "between these and the running ones. 0: none.",
+        NOT_NEGATIVE,
     )
 
 
@@ -169,13 +185,16 @@ class RunArguments:
     save_steps: int = _option(
         200,
         "Batches of a search, and updates of a training, between checkpoints; a training has one after each epoch too.",
+        POSITIVE,
     )
     save_total_limit: int = _option(
-        2, "Checkpoints that are kept of what is running; where the last is damaged, the one before it takes its place."
+        2,
+        "Checkpoints that are kept of what is running; where the last is damaged, the one before it takes its place.",
+        POSITIVE,
     )
-    seed: int = _option(0, "Of weights, data order, augmentation and draws.")
+    seed: int = _option(0, "Of weights, data order, augmentation and draws.", SEED)
     mixed_precision: Literal["no", "fp16", "bf16"] | None = _option(None, "Default: as Accelerate was launched.")
-    gradient_accumulation_steps: int = _option(1, "Batches per update.")
+    gradient_accumulation_steps: int = _option(1, "Batches per update.", POSITIVE)
     grad_checkpointing: bool = _option(
         False, "Compute activations again in the backward pass, where timm can: less memory, more time."
     )
@@ -235,6 +254,10 @@ class ArgumentError(ValueError):
 
 
 class _Parser(HfArgumentParser):
+    def add_argument(self, *names: Any, range: Range | None = None, **options: Any) -> Any:
+        # The metadata of a field arrive here; `range` is for `check_numbers`.
+        return super().add_argument(*names, **options)
+
     def error(self, message: str) -> NoReturn:
         raise ArgumentError(message)
 
@@ -272,7 +295,7 @@ def parse_groups(
 ) -> tuple[Any, ...]:
     """One object of each dataclass in `groups` from the options `argv`, as `parse_arguments` reads them.
 
-    defaults: in place of those of the dataclasses.
+    Numbers are within the ranges of their fields. defaults: in place of those of the dataclasses.
     """
     parser = _Parser(
         groups,
@@ -285,7 +308,10 @@ def parse_groups(
     parser.set_defaults(**defaults)
     argv = list(argv)
     if argv and argv[0].endswith((".yaml", ".yml")):
-        argv = _yaml_options(Path(argv[0]), {f.name for group in groups for f in fields(group)}) + argv[1:]
+        known = {f.name: get_origin(f.type) is list for group in groups for f in fields(group)}
+        given, empty = _yaml_options(Path(argv[0]), known)
+        parser.set_defaults(**{name: [] for name in empty})
+        argv = given + argv[1:]
     try:
         *parsed, rest = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     except ArgumentError:
@@ -294,11 +320,35 @@ def parse_groups(
         raise ArgumentError(str(error)) from None
     if rest:
         raise parser.unknown(rest[0])
+    for group in parsed:
+        try:
+            check_numbers(group)
+        except ValueError as error:
+            raise ArgumentError(str(error)) from None
+        if isinstance(group, OptimizerArguments):
+            _check_recipe(group)
     return tuple(parsed)
 
 
-def _yaml_options(path: Path, known: set[str]) -> list[str]:
-    """The file's entries as command-line options, so that both are checked by the same rules."""
+def _check_recipe(recipe: OptimizerArguments) -> None:
+    try:
+        check_names(recipe)
+    except ValueError as error:
+        raise ArgumentError(f"--opt or --sched: {error}") from None
+    try:
+        # Nesterov momentum, for one, may not be 0.
+        create_optimizer(nn.Linear(1, 1), recipe)
+    except ValueError as error:
+        raise ArgumentError(f"--opt {recipe.opt}: {error}") from None
+    if recipe.min_lr > recipe.lr:
+        raise ArgumentError(f"--min_lr must be at most --lr, {recipe.lr:g}, got {recipe.min_lr:g}")
+
+
+def _yaml_options(path: Path, known: Mapping[str, bool]) -> tuple[list[str], list[str]]:
+    """The file's entries as command-line options, so that both are checked by the same rules, and names of empty lists.
+
+    known: option -> whether it takes a list.
+    """
     try:
         entries = yaml.safe_load(path.read_text())
     except OSError as error:
@@ -308,19 +358,26 @@ def _yaml_options(path: Path, known: set[str]) -> list[str]:
     if not isinstance(entries, dict):
         raise ArgumentError(f"{path} must hold `option: value` lines.")
     argv: list[str] = []
+    empty: list[str] = []
     for key, value in entries.items():
         if key not in known:
             near = get_close_matches(str(key), known, n=1)
             raise ArgumentError(f"{path}: unknown option {key!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
-        if value is not None and value != []:
+        if value == []:
+            # Not possible on a command line.
+            if not known[key]:
+                raise ArgumentError(f"{path}: {key} takes one value, got []")
+            empty.append(key)
+        elif value is not None:
             argv += [f"--{key}", *(str(v) for v in (value if isinstance(value, list) else [value]))]
-    return argv
+    return argv, empty
 
 
 def _check(arguments: Arguments) -> None:
     search, run, tune, data = arguments.search, arguments.run, arguments.finetune, arguments.data
     if not search.target_bits and not search.target_bitops and not search.budgets:
         search.target_bits = [2.0]
+    search.controls = search.controls or ["none"]
     for source, *_ in budget_entries(search):
         try:
             get_cost(source)
@@ -328,28 +385,8 @@ def _check(arguments: Arguments) -> None:
             raise ArgumentError(f"--budgets: {error}") from None
     _check_methods(search, arguments.model.granularity)
     teacher = arguments.teacher
-    positive = {
-        "epochs": tune.epochs,
-        "max_steps": tune.max_steps,
-        "eval_steps": tune.eval_steps,
-        "teacher_max_steps": teacher.teacher_max_steps,
-        "shuffle_buffer_size": data.shuffle_buffer_size,
-        "batch_size": data.batch_size,
-        "teacher_batch_size": teacher.teacher_batch_size,
-        "search_batch_size": search.search_batch_size,
-        "img_size": data.img_size,
-        "gradient_accumulation_steps": run.gradient_accumulation_steps,
-        "lr": tune.lr,
-        "teacher_lr": teacher.teacher_lr,
-        "save_steps": run.save_steps,
-        "save_total_limit": run.save_total_limit,
-        "max_search_batches": search.max_search_batches,
-        "max_train_samples": data.max_train_samples,
-        "max_eval_samples": data.max_eval_samples,
-    }
-    for name, value in positive.items():
-        if value is not None and value <= 0:
-            raise ArgumentError(f"--{name} must be above 0, got {value}")
+    if not tune.epochs:
+        raise ArgumentError(f"--epochs must be above 0, got {tune.epochs}")
     if data.streaming and (tune.max_steps is None or teacher.teacher_epochs):
         option = "max_steps" if tune.max_steps is None else "teacher_max_steps"
         raise ArgumentError(
@@ -358,24 +395,6 @@ def _check(arguments: Arguments) -> None:
         )
     if (data.mixup > 0 or data.cutmix > 0) and (data.batch_size % 2 or (teacher.teacher_batch_size or 0) % 2):
         raise ArgumentError(f"--mixup and --cutmix need an even --batch_size, got {data.batch_size}")
-    not_negative = {
-        "teacher_epochs": teacher.teacher_epochs,
-        "workers": data.workers,
-        "warmup_epochs": tune.warmup_epochs,
-        "weight_decay": tune.weight_decay,
-        "teacher_weight_decay": teacher.teacher_weight_decay,
-        "ebr_weight": tune.ebr_weight,
-        "clip_grad": tune.clip_grad,
-        "bn_batches": tune.bn_batches,
-        "search_weight_lr": search.search_weight_lr,
-        "mixup": data.mixup,
-        "cutmix": data.cutmix,
-    }
-    for name, value in not_negative.items():
-        if value is not None and value < 0:
-            raise ArgumentError(f"--{name} must be 0 or more, got {value}")
-    if not 0 <= tune.freeze_bn <= 1:
-        raise ArgumentError(f"--freeze_bn must be from 0 to 1, got {tune.freeze_bn}")
     for option, file in (
         ("checkpoint", arguments.model.checkpoint),
         ("pretrained_path", arguments.model.pretrained_path),
@@ -386,15 +405,9 @@ def _check(arguments: Arguments) -> None:
     if arguments.model.checkpoint and arguments.model.pretrained_path:
         raise ArgumentError("--checkpoint has all weights and --pretrained_path all but the head: give one of them")
     try:
-        check_names(tune)
-    except ValueError as error:
-        raise ArgumentError(f"--opt or --sched: {error}") from None
-    try:
         check_names(OptimizerArguments(opt=teacher.teacher_opt))
     except ValueError as error:
         raise ArgumentError(f"--teacher_opt: {error}") from None
-    if not 0 < data.validation_fraction < 1:
-        raise ArgumentError(f"--validation_fraction must be between 0 and 1, got {data.validation_fraction}")
     bits_by_pattern(arguments.model.pins, "pins")
     bits_by_pattern(search.floors, "floors")
     if run.push_to_hub and not run.hub_model_id:
@@ -435,6 +448,8 @@ def values_by_name(entries: Sequence[str]) -> dict[str, Any]:
         if isinstance(result[name], str):
             with suppress(ValueError):
                 result[name] = float(value)
+        if isinstance(result[name], float) and not math.isfinite(result[name]):
+            raise ArgumentError(f"--search_options: {name} must be a finite number, got {value}")
     return result
 
 

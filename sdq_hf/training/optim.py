@@ -11,6 +11,7 @@ from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
 from ..layers import quantizer_parameters
+from .ranges import BELOW_ONE, FRACTION, NOT_NEGATIVE, POSITIVE
 
 # Those of timm that need no metric and no further options.
 SCHEDULERS = ("cosine", "tanh", "step", "poly")
@@ -20,24 +21,46 @@ SCHEDULERS = ("cosine", "tanh", "step", "poly")
 class OptimizerArguments:
     """Options of one training; names as in timm."""
 
-    epochs: float = field(default=30.0, metadata={"help": "Passes over the training images; fractions are possible."})
-    max_steps: int | None = field(
-        default=None, metadata={"help": "Updates of a fine-tune, in place of epochs; needed where data are streamed."}
+    epochs: float = field(
+        default=30.0,
+        metadata={"help": "Passes over the training images; fractions are possible.", "range": NOT_NEGATIVE},
     )
-    eval_steps: int = field(default=1000, metadata={"help": "Updates between validations where data are streamed."})
+    max_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "Updates of a fine-tune, in place of epochs; needed where data are streamed.",
+            "range": POSITIVE,
+        },
+    )
+    eval_steps: int = field(
+        default=1000, metadata={"help": "Updates between validations where data are streamed.", "range": POSITIVE}
+    )
     opt: str = field(default="adamw", metadata={"help": "timm optimizer, e.g. adamw, sgd (Nesterov), lamb."})
-    lr: float = field(default=1e-3, metadata={"help": "Learning rate at the peak."})
-    weight_decay: float = field(default=1e-4, metadata={"help": "Of conv and linear weights only."})
-    momentum: float = field(default=0.9, metadata={"help": "Momentum, for optimizers that have it."})
+    lr: float = field(default=1e-3, metadata={"help": "Learning rate at the peak.", "range": POSITIVE})
+    weight_decay: float = field(
+        default=1e-4, metadata={"help": "Of conv and linear weights only.", "range": NOT_NEGATIVE}
+    )
+    momentum: float = field(
+        default=0.9, metadata={"help": "Momentum, for optimizers that have it.", "range": BELOW_ONE}
+    )
     sched: str = field(default="cosine", metadata={"help": f"timm scheduler: {', '.join(SCHEDULERS)}."})
-    warmup_epochs: int = field(default=1, metadata={"help": "Epochs in which the learning rate rises linearly."})
-    min_lr: float = field(default=0.0, metadata={"help": "Learning rate at the end."})
-    clip_grad: float = field(default=0.0, metadata={"help": "Largest gradient norm; 0: no clipping."})
+    warmup_epochs: int = field(
+        default=1, metadata={"help": "Epochs in which the learning rate rises linearly.", "range": NOT_NEGATIVE}
+    )
+    min_lr: float = field(default=0.0, metadata={"help": "Learning rate at the end.", "range": NOT_NEGATIVE})
+    clip_grad: float = field(
+        default=0.0, metadata={"help": "Largest gradient norm; 0: no clipping.", "range": NOT_NEGATIVE}
+    )
     freeze_bn: float = field(
         default=1.0,
-        metadata={"help": "Part of the training, 0 to 1, after which batch norm keeps its statistics; 1: never."},
+        metadata={
+            "help": "Part of the training, 0 to 1, after which batch norm keeps its statistics; 1: never.",
+            "range": FRACTION,
+        },
     )
-    scale_lr: float = field(default=1.0, metadata={"help": "Learning rate of scales and steps, relative to lr."})
+    scale_lr: float = field(
+        default=1.0, metadata={"help": "Learning rate of scales and steps, relative to lr.", "range": NOT_NEGATIVE}
+    )
 
 
 def parameter_groups(model: nn.Module, lr: float, weight_decay: float, scale_lr: float) -> list[dict[str, Any]]:

@@ -150,6 +150,10 @@ def test_a_network_without_an_integer_form_is_refused_before_it_is_trained(main,
     [
         (["--mixup", "0.2"], "--mixup has no place in to_hardware.py"),
         (["--epochss", "2"], "did you mean --epochs?"),
+        (["--epochs", "-1"], "--epochs must be 0 or more, got -1.0"),
+        (["--seed", "-1"], "--seed must be from 0 to 4294967295, got -1"),
+        (["--min_lr", "5"], "--min_lr must be at most --lr, 0.0003, got 5"),
+        (["--opt", "adamv"], "near names: adam"),
         (["--weight_scale", "row"], "weight_scale must be one of layer, channel, got 'row'"),
     ],
 )
