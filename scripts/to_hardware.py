@@ -27,6 +27,7 @@ from sdq_hf.backbones import create_backbone
 from sdq_hf.cli import name_and_revision
 from sdq_hf.export.lower import integer_network
 from sdq_hf.training.arguments import ArgumentError, DataArguments, parse_groups
+from sdq_hf.training.data import check_labels
 from sdq_hf.training.evaluation import evaluate
 from sdq_hf.training.fit import fit
 from sdq_hf.training.loaders import build_loaders
@@ -128,8 +129,7 @@ def load(
         if getattr(data, name) != getattr(DataArguments(), name):
             raise ArgumentError(f"--{name} has no place in to_hardware.py: leave it out")
     images = load_data(data, options.seed)
-    if len(images.label_names) != model.config.num_labels:
-        raise ValueError(f"The data has {len(images.label_names)} classes, the model {model.config.num_labels}.")
+    check_labels(images.label_names, model.config.id2label)
     config = model.config.pretrained_cfg or {}
     loaders = build_loaders(
         images, config, batch_size=data.batch_size, aug=data.aug, num_workers=data.workers, seed=options.seed

@@ -5,25 +5,33 @@
         --teacher runs/demo/teacher/model.safetensors
 
 All options of `TrainingArguments` are taken: --learning_rate, --num_train_epochs, --bf16, --report_to, --push_to_hub, ...
-Bits stay what they are. A training that was stopped goes on with --resume_from_checkpoint true.
+Bits stay what they are. A training that was stopped goes on with --resume_from_checkpoint true. Wrong input ends in one line
+and exit code 2.
 """
 
+import logging
+import sys
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 import torch
+import transformers
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
-from transformers import HfArgumentParser, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from sdq_hf import SDQForImageClassification
-from sdq_hf.training.data import load_image_data, with_channels
+from sdq_hf.training.arguments import parse_groups
+from sdq_hf.training.data import check_labels, load_image_data, with_channels
 from sdq_hf.training.loaders import StreamedImages, build_transforms
 from sdq_hf.training.losses import distillation
 from sdq_hf.training.metrics import compute_metrics
 from sdq_hf.training.optim import OptimizerArguments, create_optimizer
+from sdq_hf.training.ranges import POSITIVE
 from sdq_hf.training.trainer import QATCallback
 
 
@@ -37,8 +45,10 @@ class ScriptArguments:
     streaming: bool = field(
         default=False, metadata={"help": "Read images while they are used; needs --max_steps, as in run_sdq.py."}
     )
-    aug: str = field(default="light", metadata={"help": "Augmentation: none, light, rand, as in run_sdq.py."})
-    max_samples: int | None = field(default=None, metadata={"help": "Use so many images of each split only."})
+    aug: Literal["none", "light", "rand"] = field(default="light", metadata={"help": "Augmentation, as in run_sdq.py."})
+    max_samples: int | None = field(
+        default=None, metadata={"help": "Use so many images of each split only.", "range": POSITIVE}
+    )
 
 
 class DistillationTrainer(Trainer):
@@ -56,13 +66,27 @@ class DistillationTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
 
-def main() -> None:
-    options, training = HfArgumentParser((ScriptArguments, TrainingArguments)).parse_args_into_dataclasses()
+def main(argv: list[str]) -> int:
+    """Run with the options `argv`; returns the exit code."""
+    try:
+        description = str(__doc__).split("\n", 1)[0]
+        run(*parse_groups((ScriptArguments, TrainingArguments), argv, "train_with_trainer.py", description))
+    except (ValueError, OSError) as error:
+        print(f"train_with_trainer.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run(options: ScriptArguments, training: TrainingArguments) -> None:
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
     training.remove_unused_columns = False  # the images become pixel_values only when they are asked for
     model = SDQForImageClassification.from_pretrained(options.model)
     train_transform, transform = build_transforms(model.config.pretrained_cfg, aug=options.aug)
-    limits = {"max_train_samples": options.max_samples, "max_eval_samples": options.max_samples}
+    limits: dict[str, Any] = {"max_train_samples": options.max_samples, "max_eval_samples": options.max_samples}
     data = load_image_data(options.dataset, **limits, streaming=options.streaming)
+    check_labels(data.label_names, model.config.id2label)
     channels = model.config.input_size[0]
 
     def transformed(split: str, transform: Callable[..., Any]) -> datasets.Dataset | StreamedImages:
@@ -90,9 +114,7 @@ def main() -> None:
     if options.teacher is None:
         trainer = Trainer(**common)
     else:
-        teacher = model.float_twin()
-        teacher.load_state_dict(load_file(options.teacher))
-        trainer = DistillationTrainer(teacher=teacher, **common)
+        trainer = DistillationTrainer(teacher=load_teacher(model, options.teacher), **common)
     resume = training.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
     trainer.save_model()
@@ -102,5 +124,19 @@ def main() -> None:
         print("Published:", model.push_to_hub(trainer.hub_model_id or training.hub_model_id))
 
 
+def load_teacher(model: SDQForImageClassification, path: str) -> nn.Module:
+    """The float network of `model` with the weights of a safetensors file; `ValueError` where they do not fit."""
+    teacher = model.float_twin()
+    try:
+        teacher.load_state_dict(load_file(path))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        # torch lists every tensor that is missing.
+        reason = textwrap.shorten(str(error), 200)
+        raise ValueError(
+            f"--teacher {path} is no safetensors file of float weights of {model.config.architecture}: {reason}"
+        ) from error
+    return teacher
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

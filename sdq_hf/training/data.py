@@ -2,6 +2,7 @@
 
 import gzip
 import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -141,6 +142,26 @@ def load_image_data(
     return ImageData(
         splits, images, labels, label_names, _channels(splits["train"], images), (first.height, first.width)
     )
+
+
+def check_labels(names: Sequence[str], id2label: Mapping[int, str]) -> None:
+    """`DataError` where the classes of the data, `names`, are not those of a model, in their order.
+
+    Where only one of the two has names (the other has numbers, or transformers' LABEL_0, ...), their count is compared.
+    """
+    known = [id2label[i] for i in range(len(id2label))]
+    anew = f"give the model a new head (from_pretrained(..., num_labels={len(names)}, ignore_mismatched_sizes=True))"
+    if len(names) != len(known):
+        raise DataError(f"The data has {len(names)} classes, the model {len(known)}: take other data, or {anew}.")
+    numbers = [all(name.isdigit() for name in each) for each in (names, known)]
+    if numbers[0] != numbers[1] or known == [f"LABEL_{i}" for i in range(len(known))]:
+        return
+    for i, (name, own) in enumerate(zip(names, known, strict=True)):
+        if name != own:
+            raise DataError(
+                f"Class {i} is {name!r} in the data and {own!r} in the model: take data with the model's classes in their "
+                f"order, or {anew}; if both mean the same, write the data's names into id2label of its config.json."
+            )
 
 
 def _streams(

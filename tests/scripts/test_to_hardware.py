@@ -165,6 +165,16 @@ def test_a_wrong_option_is_one_line(main, images, model, tmp_path, capsys, optio
     assert not out.exists()
 
 
+def test_data_of_other_classes_are_refused(main, images, model, tmp_path, capsys):
+    found = DatasetDict.load_from_disk(str(images))
+    other = found.cast_column("label", ClassLabel(names=list("abdc")))
+    other.save_to_disk(tmp_path / "other")
+    command = ["--model", str(model), "--output_dir", str(tmp_path / "out"), "--dataset", str(tmp_path / "other")]
+    assert main([*command, "--cpu", "true"]) == 2
+    assert "Class 2 is 'd' in the data and 'c' in the model" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_folder_of_the_user_is_not_taken_for_checkpoints(main, images, model, tmp_path, capsys):
     (tmp_path / "training").mkdir()
     (tmp_path / "training" / "photo.png").write_text("keep me")

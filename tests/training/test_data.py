@@ -25,7 +25,7 @@ from PIL import Image as PILImage
 from timm.data import Mixup, create_transform, resolve_data_config
 from timm.models import get_pretrained_cfg
 
-from sdq_hf.training.data import BUNDLED, DataError, load_image_data, read_idx_file, with_channels
+from sdq_hf.training.data import BUNDLED, DataError, check_labels, load_image_data, read_idx_file, with_channels
 from sdq_hf.training.loaders import (
     CachedImages,
     StreamedImages,
@@ -745,3 +745,29 @@ def test_mixup() -> None:
 def test_importing_the_package_does_not_import_datasets() -> None:
     code = "import sys, sdq_hf; sys.exit('datasets' in sys.modules or 'sdq_hf.training' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+
+
+# Classes of the data and of a model --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("names", "own", "message"),
+    [
+        (NAMES, NAMES, None),
+        (NAMES[:3], NAMES, "The data has 3 classes, the model 4"),
+        (["ant", "cat", "bee", "dog"], NAMES, "Class 1 is 'cat' in the data and 'bee' in the model"),
+        # Without names on one side, only their number is known.
+        (NAMES, ["LABEL_0", "LABEL_1", "LABEL_2", "LABEL_3"], None),
+        (NAMES, list("0123"), None),
+        (list("0123"), NAMES, None),
+        (list("012"), NAMES, "The data has 3 classes, the model 4"),
+        # Folders are sorted as text.
+        (["0", "1", "10", "2"], ["0", "1", "2", "10"], "Class 2 is '10' in the data and '2' in the model"),
+    ],
+)
+def test_classes_of_the_data_are_those_of_the_model_by_name(names: list[str], own: list[str], message: str | None):
+    if message is None:
+        check_labels(names, dict(enumerate(own)))
+    else:
+        with pytest.raises(DataError, match=f"^{re.escape(message)}.* new head"):
+            check_labels(names, dict(enumerate(own)))
