@@ -144,7 +144,7 @@ def _info(options: argparse.Namespace) -> int:
 
 def _diff(options: argparse.Namespace) -> int:
     names = (options.first, options.second)
-    first, second = (Strategy.from_json(_config(name).strategy or []) for name in names)
+    first, second = (_strategy(name, _config(name)) for name in names)
     layers = [*first, *(name for name in second if name not in first)]
     pairs = {name: (dict(first).get(name), dict(second).get(name)) for name in layers}
     changed = {name: pair for name, pair in pairs.items() if _bits(pair[0]) != _bits(pair[1])}

@@ -1,5 +1,8 @@
 """The command line: what it prints is what the model says."""
 
+import json
+import shutil
+
 import pytest
 
 from sdq_hf.cli import main
@@ -75,6 +78,19 @@ def test_wrong_input_is_one_line_and_exit_code_2(folders, capsys, arguments, mes
     assert error.startswith("sdq-hf: error:")
     assert message in error
     assert "\n" not in error
+
+
+@pytest.mark.parametrize("command", [["info"], ["report"], ["diff", "{a}"]])
+def test_a_model_without_a_strategy_is_named_and_nothing_else_printed(folders, capsys, tmp_path, command):
+    shutil.copytree(folders[2], tmp_path / "bare")
+    config = json.loads((tmp_path / "bare" / "config.json").read_text())
+    del config["strategy"]
+    (tmp_path / "bare" / "config.json").write_text(json.dumps(config))
+    bare = str(tmp_path / "bare")
+    assert main([part.replace("{a}", folders[1]) for part in command] + [bare]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err == f"sdq-hf: error: {bare}: config.json has no strategy.\n"
 
 
 def test_help_teaches(capsys):
