@@ -24,6 +24,7 @@ from timm.models._efficientnet_builder import decode_arch_def, resolve_bn_args, 
 from timm.models.efficientnet import EfficientNet
 from timm.models.resnet import BasicBlock, ResNet, make_blocks
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .strategy import short
 
@@ -185,12 +186,38 @@ def _from_pretrained_file(architecture: str, path: str, kwargs: Mapping[str, Any
 def set_grad_checkpointing(network: Any, enable: bool = True) -> None:
     """timm's gradient checkpointing: activations inside a block are computed again in the backward pass, not kept.
 
-    Raises `ValueError` where timm has none for this network.
+    Running statistics of batch norm move in the first pass alone, as without checkpointing. Raises `ValueError` where timm
+    has none for this network.
     """
     try:
         network.set_grad_checkpointing(enable)
     except (AttributeError, AssertionError, NotImplementedError):
         raise ValueError(f"timm has no gradient checkpointing for {type(network).__name__}: leave it off.") from None
+    for module in network.modules():
+        # A copy of a network has the hooks of the original; without checkpointing they do nothing.
+        if isinstance(module, _BatchNorm) and _restore_statistics not in module._forward_hooks.values():
+            module.register_forward_pre_hook(_copy_statistics)
+            module.register_forward_hook(_restore_statistics, always_call=True)
+
+
+def _copy_statistics(norm: nn.Module, inputs: Any) -> None:
+    """Before a forward within a backward pass, let it move copies of the statistics.
+
+    `torch.utils.checkpoint` compares what both passes keep, so none can be left out.
+    """
+    if torch.compiler.is_compiling() or not norm.training or torch._C._current_graph_task_id() == -1:
+        return
+    kept = dict(norm.named_buffers(recurse=False))
+    norm.__dict__["_kept_statistics"] = kept
+    for name, buffer in kept.items():
+        setattr(norm, name, buffer.clone())
+
+
+def _restore_statistics(norm: nn.Module, inputs: Any, output: Any) -> None:
+    """After it, or when `torch.utils.checkpoint` stops it early."""
+    if not torch.compiler.is_compiling():
+        for name, buffer in norm.__dict__.pop("_kept_statistics", {}).items():
+            setattr(norm, name, buffer)
 
 
 def hub_id(network: nn.Module) -> str | None:

@@ -300,6 +300,15 @@ def test_a_compiled_run_trains_the_same_teacher_and_finds_the_same_strategy(data
     assert found["kl"] == pytest.approx(expected["kl"], rel=0.3)
 
 
+def test_a_run_with_gradient_checkpointing_is_the_run_without(data, finished, tmp_path):
+    changes = {"grad_checkpointing": "true", "controls": "none", "target_bitops": None}
+    with redirect_stdout(io.StringIO()):
+        assert main(options(data, tmp_path / "run", **changes)) == 0
+    files = [Path(stage, "model.safetensors") for stage in ("teacher", "models/sdq-bits-3")]
+    for file in files:
+        assert (tmp_path / "run" / file).read_bytes() == (finished[0] / file).read_bytes(), file
+
+
 def test_a_rival_may_be_searched_with_and_others_compared(data, tmp_path):
     changes = {"search": "table", "search_options": "images=48", "controls": "random uniform", "epochs": 1}
     folder = tmp_path / "run"

@@ -73,6 +73,33 @@ def test_gradient_checkpointing_keeps_less_for_the_backward_pass(planted):
     assert kept[True] < 0.6 * kept[False]
 
 
+# Batch norm of torch, and timm's with an activation.
+@pytest.mark.parametrize("architecture", ["resnet8_cifar", "mobilenetv3_small_050"])
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_gradient_checkpointing_trains_to_the_same_statistics_of_batch_norm(architecture, momentum):
+    torch.manual_seed(0)
+    plain = timm.create_model(architecture, num_classes=4).train()
+    for module in plain.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = momentum
+    checkpointed = copy.deepcopy(plain)
+    set_grad_checkpointing(checkpointed)
+    # Twice, and of a copy, is the same as once.
+    checkpointed = copy.deepcopy(checkpointed)
+    set_grad_checkpointing(checkpointed)
+    images = torch.randn(2, 6, 3, 32, 32)
+    for network in (plain, checkpointed):
+        optimizer = torch.optim.SGD(network.parameters(), lr=1e-4)
+        for batch in images:
+            network(batch).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    expected, found = plain.state_dict(), checkpointed.state_dict()
+    assert list(found) == list(expected)
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+
+
 def test_a_network_that_timm_cannot_checkpoint_is_named():
     with pytest.raises(ValueError, match="no gradient checkpointing for DLA"):
         set_grad_checkpointing(timm.create_model("dla46_c"))
