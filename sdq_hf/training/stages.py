@@ -153,7 +153,9 @@ class Run:
                     if not (self.folder / _RESULT_OF[stage]).exists():
                         raise self._missing(stage)
         elif path.exists():
-            if not run.overwrite:
+            # A run that found a fault in its options, say, has left nothing to lose.
+            left = [name for names in _LEFT_BY.values() for name in names if (self.folder / name).exists()]
+            if left and not run.overwrite:
                 raise ArgumentError(
                     f"--output_dir {self.folder} holds a run: go on with it (--resume true), remove it and start anew "
                     "(--overwrite true), or choose another folder (--output_dir)"

@@ -737,6 +737,11 @@ def test_a_finished_run_is_removed_only_when_that_is_asked_for(data, finished, t
     assert {path.name for path in folder.iterdir()} == {"arguments.json", "teacher"}
     weights = [(run / "teacher" / "model.safetensors").read_bytes() for run in (folder, finished[0])]
     assert weights[0] != weights[1]
+    # One that ended before it had left anything is in nobody's way.
+    shutil.rmtree(folder / "teacher")
+    with redirect_stdout(io.StringIO()):
+        assert main(options(data, folder, stage="teacher", **other)) == 0
+    assert (folder / "teacher" / "model.safetensors").read_bytes() == weights[0]
     # The same command goes on with --resume.
     with redirect_stdout(io.StringIO()):
         assert main(options(data, folder, stage="teacher", overwrite="true", resume="true", **other)) == 0
