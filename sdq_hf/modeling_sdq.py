@@ -12,6 +12,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
 from transformers.modeling_outputs import ImageClassifierOutput
 
@@ -265,15 +266,14 @@ class SDQForImageClassification(PackedFilesMixin):
     def calibrate(self, batches: Iterable[Tensor | Mapping[str, Tensor]], num_batches: int = 4) -> None:
         """Fit every activation step and sign to images `batches` ([B, C, H, W] each, or dicts with pixel_values).
 
-        Layer by layer in the network's order, each seeing the quantized outputs of those before it.
+        Layer by layer in the network's order, each seeing the quantized outputs of those before it. Raises `ValueError` for
+        data without a batch, or with one that is no images; on any error the steps stay as they were.
         """
-        first = [_pixels(batch) for batch in islice(batches, num_batches)]
-        if not first:
-            raise ValueError("The data has no batch: is the split empty, or smaller than one batch?")
-        images = torch.cat(first).to(self.device)
-        self._forget_steps()
+        images = torch.cat(list(_first(batches, num_batches))).to(self.device)
         training = self.training
-        self.eval()(images)
+        with _restored_on_error(self):
+            self._forget_steps()
+            self.eval()(images)
         self.train(training)
 
     def to_hardware_profile(
@@ -321,8 +321,12 @@ class SDQForImageClassification(PackedFilesMixin):
             quantizer.set_bits(quantizer.bits)
 
     def recalibrate_batch_norm(self, batches: Iterable[Tensor | Mapping[str, Tensor]], num_batches: int = 50) -> None:
-        """Gather batch-norm statistics anew under the present bits (METHOD 6.3); nothing else changes."""
-        update_bn((_pixels(batch) for batch in islice(batches, num_batches)), self, device=self.device)
+        """Gather batch-norm statistics anew under the present bits (METHOD 6.3); nothing else changes.
+
+        `batches` and errors as in `calibrate`.
+        """
+        with _restored_on_error(self):
+            update_bn(_first(batches, num_batches), self, device=self.device)
 
     # Forward -----------------------------------------------------------------------------------------------------
 
@@ -391,8 +395,50 @@ def _check_names(state: Mapping[str, Tensor], expected: Collection[str]) -> None
         raise KeyError(f"Float weights do not fit: missing {sorted(missing)[:3]}, unexpected {sorted(unexpected)[:3]}.")
 
 
-def _pixels(batch: Tensor | Mapping[str, Tensor]) -> Tensor:
-    return batch["pixel_values"] if isinstance(batch, Mapping) else batch
+def pixels_of(batch: Tensor | Mapping[str, Tensor]) -> Tensor:
+    """The images [B, C, H, W] of a batch; `ValueError` for one that has none."""
+    images = batch.get("pixel_values") if isinstance(batch, Mapping) else batch
+    if not isinstance(images, Tensor):
+        got = f"a mapping with {', '.join(map(repr, batch))}" if isinstance(batch, Mapping) else type(batch).__name__
+        raise ValueError(f"A batch must be a tensor [B, C, H, W], or a mapping with one as 'pixel_values'; got {got}.")
+    return images
+
+
+def _first(batches: Iterable[Tensor | Mapping[str, Tensor]], num_batches: int) -> Iterator[Tensor]:
+    """The images of each of the first `num_batches`; `ValueError` where there is none."""
+    if num_batches < 1:
+        raise ValueError(f"num_batches must be at least 1, got {num_batches}.")
+    batch = None
+    for batch in islice(batches, num_batches):
+        yield pixels_of(batch)
+    if batch is None:
+        raise ValueError(
+            "The data has no batch: is the split empty, smaller than one batch, or an iterator that is used up?"
+        )
+
+
+@contextmanager
+def _restored_on_error(model: nn.Module) -> Iterator[None]:
+    """After an exception inside, activation steps, batch-norm statistics and the training mode are as before."""
+    modes = [(module, module.training) for module in model.modules()]
+    norms = [(module, module.momentum) for module in model.modules() if isinstance(module, _BatchNorm)]
+    quantizers = input_quantizers(model).values()
+    ranges = [(quantizer, quantizer._range, quantizer._least) for quantizer in quantizers]
+    tensors = [tensor for norm, _ in norms for tensor in norm.buffers()]
+    tensors += [tensor for quantizer in quantizers for tensor in (quantizer.step.data, quantizer.signed)]
+    copies = [tensor.clone() for tensor in tensors]
+    try:
+        yield
+    except BaseException:
+        for module, training in modes:
+            module.training = training
+        for norm, momentum in norms:
+            norm.momentum = momentum
+        for tensor, copied in zip(tensors, copies, strict=True):
+            tensor.copy_(copied)
+        for quantizer, range_, least in ranges:
+            quantizer._range, quantizer._least = range_, least
+        raise
 
 
 def _to_channels(values: Iterable[float], channels: int) -> tuple[float, ...]:

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassi
 
 from sdq_hf import SDQConfig, SDQForImageClassification, Strategy
 from sdq_hf.quantizers import FORMS, GRIDS
+from sdq_hf.quantizers.positive import floors
 
 
 def images(seed=0, size=32):
@@ -130,6 +131,44 @@ def test_only_running_statistics_change_when_batch_norm_is_recalibrated():
     changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
     assert changed
     assert all(k.endswith(("running_mean", "running_var", "num_batches_tracked")) for k in changed)
+
+
+def snapshot(model):
+    """Everything that a failed call could have changed: tensors, momenta, modes, and what the quantizers remember."""
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    modules = {name: (m.training, getattr(m, "momentum", None)) for name, m in model.named_modules()}
+    return state, modules, floors(model)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("call", ["recalibrate_batch_norm", "calibrate"])
+def test_a_failed_calibration_changes_nothing(call, training):
+    model = create().train(training)
+    model.timm_model.layer1.eval()
+    before = snapshot(model)
+    x = images(5)
+
+    def interrupted():
+        yield x
+        raise KeyboardInterrupt("stopped")
+
+    used_up = iter([x])
+    list(used_up)
+    cases = [
+        (([],), ValueError, "has no batch"),
+        ((used_up,), ValueError, "used up"),
+        (([x], 0), ValueError, "num_batches must be at least 1, got 0"),
+        (([x, {"images": x}],), ValueError, r"'pixel_values'; got a mapping with 'images'"),
+        (([[x, torch.zeros(4)]],), ValueError, "got list"),
+        (([x[:, :1]],), RuntimeError, "channels"),
+        ((interrupted(),), KeyboardInterrupt, "stopped"),
+    ]
+    for arguments, error, text in cases:
+        with pytest.raises(error, match=text):
+            getattr(model, call)(*arguments)
+        state, modules, least = snapshot(model)
+        assert (modules, least) == before[1:]
+        assert all(torch.equal(state[name], tensor) for name, tensor in before[0].items())
 
 
 def test_saving_before_calibration_names_the_layer(tmp_path):
