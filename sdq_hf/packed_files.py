@@ -3,15 +3,16 @@
 import os
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .checkpoint import CheckpointError, check_index, check_inputs
 from .configured import configured_backbone
-from .layers import input_quantizers, is_quantizer_state, quantized_layers
-from .strategy import FLOAT_BITS
+from .layers import input_quantizers, is_quantizer_state, quantizable_layers, quantized_layers
+from .strategy import FLOAT_BITS, Strategy, bits_text
 
 # The file that lets transformers find the classes with trust_remote_code=True, without `import sdq_hf`.
 REMOTE_CODE = "sdq_remote.py"
@@ -84,8 +85,10 @@ class PackedFilesMixin(PreTrainedModel):
         With `remote_code` the folder can be loaded with `trust_remote_code=True` in place of `import sdq_hf`; the package
         must be installed all the same. `push_to_hub`, and `repo_id` and further options with it, as in transformers.
 
-        Activation steps must be fitted (`calibrate`, or any forward pass), else `ValueError` names the layer.
+        Activation steps must be fitted (`calibrate`, or any forward pass), and the layers those of the strategy, else
+        `ValueError` names the layer.
         """
+        _check_layers(self.strategy, self.timm_model)
         for layer in self.quantized_layers().values():
             layer.weight_quantizer.keep_positive(layer.weight_quantizer.scale)
         for name, quantizer in input_quantizers(self.timm_model).items():
@@ -158,6 +161,29 @@ class PackedFilesMixin(PreTrainedModel):
         rest = sum(t.numel() * t.element_size() for k, t in self.timm_model.state_dict().items() if k not in packed)
         quantized = [x for x in self.strategy.values() if x.weight_bits != FLOAT_BITS]
         return rest + sum(x.total_bits for x in quantized) // 8
+
+
+def _check_layers(strategy: Strategy, network: nn.Module) -> None:
+    """`ValueError` that names the first layer of `network` that is not as in `strategy`: its file could not be loaded."""
+    layers, quantized, inputs = quantizable_layers(network), quantized_layers(network), input_quantizers(network)
+    for name in dict.fromkeys((*strategy, *layers)):
+        found: tuple[Any, ...] = ()
+        if name in layers:
+            bits = quantized[name].weight_quantizer.bits if name in quantized else FLOAT_BITS
+            found = cast(Tensor, layers[name].weight).numel(), bits, inputs[name].bits if name in inputs else FLOAT_BITS
+        layer = strategy.get(name)
+        wanted = () if layer is None else (layer.num_weights, layer.weight_bits, layer.activation_bits)
+        if found != wanted:
+            raise ValueError(
+                f"Layer {name!r} is not the strategy's, and a file of the model could not be loaded: the network has "
+                f"{_layer_text(*found)}, the strategy {_layer_text(*wanted)}. Bits are changed with set_strategy. For "
+                "another number of classes, from_pretrained(..., num_labels=5, ignore_mismatched_sizes=True) makes a new "
+                "quantized head."
+            )
+
+
+def _layer_text(weights: int | None = None, bits: Any = None, input_bits: int = FLOAT_BITS) -> str:
+    return f"{weights} weights (bits {bits_text(bits)}, inputs {bits_text(input_bits)})" if weights else "no such layer"
 
 
 def weight_file_bytes(folder: str | os.PathLike) -> int:

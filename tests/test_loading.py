@@ -48,6 +48,42 @@ def test_logits_stay_bit_identical_whatever_transformers_is_asked_for(model, sav
     assert torch.equal(logits(loaded), logits(model))
 
 
+def test_a_network_that_is_not_the_strategys_is_not_saved(saved, tmp_path):
+    def other_head(model):
+        model.timm_model.reset_classifier(5)
+        model.config.num_labels = 5
+
+    def same_head(model):
+        model.timm_model.reset_classifier(10)
+
+    def no_head(model):
+        model.timm_model.reset_classifier(0)
+
+    def more(model):
+        model.timm_model.more = nn.Linear(2, 3)
+
+    def bits(model):
+        model.quantized_layers()["fc"].weight_quantizer.set_bits(3, model.timm_model.fc.weight)
+
+    def inputs(model):
+        model.timm_model.fc.input_quantizer = None
+
+    cases = {
+        other_head: r"'fc'.*has 320 weights \(bits float, inputs float\), the strategy 640 .*num_labels=5, ignore_mismatched",
+        same_head: r"'fc'.*has 640 weights \(bits float, inputs float\), the strategy 640 weights \(bits 8, inputs 8\)",
+        no_head: "'fc'.*has no such layer",
+        more: "'more'.*the strategy no such layer",
+        bits: r"'fc'.*has 640 weights \(bits 3, inputs 8\).*set_strategy",
+        inputs: r"'fc'.*has 640 weights \(bits 8, inputs float\)",
+    }
+    for change, text in cases.items():
+        model = SDQForImageClassification.from_pretrained(saved)
+        change(model)
+        with pytest.raises(ValueError, match=text):
+            model.save_pretrained(tmp_path / "model")
+        assert not (tmp_path / "model").exists()
+
+
 def test_sharded_files(model, tmp_path):
     model.save_pretrained(tmp_path, max_shard_size="20KB", print_size=False)
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 3
