@@ -8,6 +8,7 @@ from transformers.image_utils import make_flat_list_of_images
 from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmWrapperImageProcessor
 
 from .configuration_sdq import check_pretrained_cfg
+from .images import with_channels
 
 
 class SDQImageProcessor(TimmWrapperImageProcessor):
@@ -21,11 +22,14 @@ class SDQImageProcessor(TimmWrapperImageProcessor):
         super().__init__(pretrained_cfg, architecture, **kwargs)
 
     def preprocess(self, images: Any, return_tensors: Any = "pt", **kwargs: Any) -> Any:
-        """Images (PIL, numpy, or lists of them) -> `pixel_values`, float32 [B, C, H, W]; tensors are only transformed."""
+        """Images (PIL, numpy, or lists of them) -> `pixel_values`, float32 [B, C, H, W]; tensors are only transformed.
+
+        Modes and errors are those of `sdq_hf.images.with_channels`, as in training.
+        """
         if not isinstance(images, Tensor):
-            mode = {1: "L", 3: "RGB"}.get(self.data_config["input_size"][0])
+            channels = self.data_config["input_size"][0]
             images = [to_pil_image(image) for image in make_flat_list_of_images(images)]
-            images = [image.convert(mode) for image in images] if mode else images
+            images = [with_channels(image, channels) for image in images] if channels in (1, 3) else images
         return super().preprocess(images, return_tensors=return_tensors, **kwargs)
 
     @classmethod

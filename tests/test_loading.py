@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, pipeline
 
-from sdq_hf import SDQConfig, SDQForImageClassification
+from sdq_hf import SDQConfig, SDQForImageClassification, SDQImageProcessor
 from sdq_hf.checkpoint import DIGEST, CheckpointError
 from sdq_hf.layers import QuantizedLayer
 
@@ -98,6 +99,20 @@ def test_the_footprint_counts_what_is_in_memory(saved):
     loaded = SDQForImageClassification.from_pretrained(saved)
     tensors = [*loaded.parameters(), *loaded.buffers()]
     assert loaded.get_memory_footprint() == sum(t.numel() * t.element_size() for t in tensors)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_processor_reads_16_bits_by_their_upper_half_and_refuses_an_unknown_range(channels):
+    values = np.linspace(0, 65535, 28 * 28).reshape(28, 28).astype(np.uint16)
+    eight = np.array([[int(value) // 256 for value in row] for row in values], np.uint8)
+    processor = SDQImageProcessor({"input_size": [channels, 28, 28], "mean": [0.5] * channels, "std": [0.2] * channels})
+    got = processor(Image.fromarray(values))["pixel_values"]
+    assert got.shape == (1, channels, 28, 28)
+    assert torch.equal(got, processor(Image.fromarray(eight))["pixel_values"])
+    assert len(got.unique()) > 200
+    for kind, mode in ((np.int32, "I"), (np.float32, "F")):
+        with pytest.raises(ValueError, match=rf"\(mode {mode}\), whose range is not known"):
+            processor([Image.fromarray(values.astype(kind))])
 
 
 @pytest.mark.parametrize("channels", [1, 3])

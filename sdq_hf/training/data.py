@@ -10,8 +10,9 @@ from typing import Any, cast
 
 import datasets
 import numpy as np
-import PIL.Image
 from datasets import ClassLabel, Dataset, DatasetDict, Image, IterableDataset
+
+from ..images import SIXTEEN_BITS, DataError, with_channels
 
 logger = logging.getLogger(__name__)
 BUNDLED = Path(__file__).parents[2] / "scripts" / "data" / "fashion_mnist_sample"
@@ -22,14 +23,6 @@ _SPLITS = {
     "test": ("test", "testing", "eval"),
 }
 _LABELS = ("label", "labels", "class", "target", "fine_label", "category")
-
-
-class DataError(ValueError):
-    """Data that cannot be used; one line that names the split or column, what it got and what was expected."""
-
-    def __init__(self, message: str):
-        # A loader raises what its worker met with all of the worker's traceback before it.
-        super().__init__(message.rpartition("DataError: ")[2].strip())
 
 
 @dataclass(frozen=True)
@@ -215,7 +208,7 @@ def _channels(train: Dataset, images: str) -> int:
 
 def _channels_of(images: list[Any]) -> int:
     """1 when 64 images from all over a split are grey, else 3: a colour set may well hold a grey image here and there."""
-    return 1 if {image.mode for image in images} <= {"1", "L", "LA", "I", *_SIXTEEN_BITS, "F"} else 3
+    return 1 if {image.mode for image in images} <= {"1", "L", "LA", "I", *SIXTEEN_BITS, "F"} else 3
 
 
 def _open(
@@ -419,7 +412,6 @@ def _hold_out(splits: dict[str, Dataset], column: str, fraction: float, seed: in
 # Images ------------------------------------------------------------------------------------------------------------------
 
 _SKIP = " --on_bad_image skip leaves out such images."
-_SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
 
 
 def row_at(split: Dataset, row: int, column: str) -> dict[str, Any]:
@@ -435,22 +427,6 @@ def row_at(split: Dataset, row: int, column: str) -> dict[str, Any]:
         # Pillow quotes the address of an object.
         reason = (str(error) or type(error).__name__).strip().splitlines()[0].split(" <_io")[0]
         raise DataError(f"The image in {place} cannot be decoded: {reason}.{_SKIP}") from error
-
-
-def with_channels(image: Any, channels: int) -> Any:
-    """A PIL image of any mode in mode L or RGB, as `channels` (1 or 3) says. Transparency is dropped, as timm does it.
-
-    16 bits become 8 by dropping the lower half. `DataError` for 32 bits and for floats, whose range is not known.
-    """
-    if image.mode in _SIXTEEN_BITS:
-        # Pillow itself would make everything above 255 white.
-        image = PIL.Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    elif image.mode in ("I", "F"):
-        kind = "32-bit integers" if image.mode == "I" else "floats"
-        raise DataError(
-            f"An image holds {kind} (mode {image.mode}), whose range is not known: save it with 8 or 16 bits."
-        )
-    return image.convert("L" if channels == 1 else "RGB")
 
 
 def _without_bad_images(split: Dataset, role: str, column: str) -> Dataset:
