@@ -185,6 +185,7 @@ _MOST_PINS = 1000
 _LARGEST_SIDE = 4096
 _LARGEST_HEAD = 1_000_000
 _INTERPOLATIONS = ("bilinear", "bicubic", "nearest", "lanczos", "box", "hamming", "random")
+_PROBLEMS = ("single_label_classification", "multi_label_classification", "regression")
 _DTYPES = ("float32", "float16", "bfloat16", "float64", "auto")
 
 
@@ -311,9 +312,9 @@ def _check_common(kwargs: Mapping[str, Any]) -> None:
     for field in (*refused, "experts_implementation"):
         if kwargs.get(field) is not None:
             raise ValueError(f"{field} has no place in the configuration of a quantized timm model.")
-    texts: dict[str, Any] = {
-        field: kwargs.get(field) for field in ("transformers_version", "problem_type", "model_type")
-    }
+    if kwargs.get("problem_type") is not None:
+        _one_of("problem_type", kwargs["problem_type"], _PROBLEMS)
+    texts: dict[str, Any] = {field: kwargs.get(field) for field in ("transformers_version", "model_type")}
     names, places = kwargs.get("architectures"), kwargs.get("auto_map")
     for field, value in texts.items():
         if not isinstance(value, str | None):

@@ -10,11 +10,11 @@ from typing import Any
 
 import timm
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
 from transformers.modeling_outputs import ImageClassifierOutput
+from transformers.utils.generic import can_return_tuple
 
 from .backbones import create_backbone, hub_id, pretrained_labels, set_grad_checkpointing
 from .checkpoint import DIGEST
@@ -330,10 +330,29 @@ class SDQForImageClassification(PackedFilesMixin):
 
     # Forward -----------------------------------------------------------------------------------------------------
 
-    def forward(self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs: Any) -> ImageClassifierOutput:
-        """`pixel_values` [B, C, H, W], `labels` [B] (int64) -> logits [B, num_labels], and the cross-entropy loss."""
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: Tensor,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs: Any,
+    ) -> ImageClassifierOutput:
+        """`pixel_values` [B, C, H, W] -> logits [B, num_labels], and with `labels` the loss, as in transformers.
+
+        That is of `config.problem_type`, and where it is None of the labels: int64 [B] for cross-entropy, float
+        [B, num_labels] for binary cross-entropy of each label, [B] for the squared error of one number (`num_labels=1`).
+
+        Raises `ValueError` where hidden states or attentions are asked for: a timm model does not give them here.
+        """
+        asked = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
+        for field, value in asked.items():
+            if getattr(self.config, field) if value is None else value:
+                raise ValueError(f"{field} is not possible: the model gives only logits.")
         logits = self.timm_model(pixel_values)
-        loss = None if labels is None else F.cross_entropy(logits, labels)
+        # A copy, since transformers writes into it which problem it has found.
+        loss = None if labels is None else self.loss_function(labels, logits, copy.copy(self.config))
         return ImageClassifierOutput(loss=loss, logits=logits)
 
     def _init_weights(self, module: nn.Module) -> None:

@@ -86,11 +86,56 @@ def test_a_layer_multiplies_quantized_input_and_weight():
         torch.testing.assert_close(layer(x), F.conv2d(a, w, stride=2, padding=1))
 
 
-def test_forward_gives_loss_and_logits():
+@pytest.mark.parametrize(
+    ("problem", "num_labels", "labels", "loss"),
+    [
+        (None, 3, torch.tensor([0, 2, 2, 1]), F.cross_entropy),
+        ("single_label_classification", 3, torch.tensor([0, 2, 2, 1]), F.cross_entropy),
+        (
+            "multi_label_classification",
+            3,
+            torch.eye(4)[:, :3] + torch.eye(4)[:, 1:],
+            F.binary_cross_entropy_with_logits,
+        ),
+        (None, 3, torch.eye(4)[:, :3], F.binary_cross_entropy_with_logits),
+        ("regression", 3, torch.arange(12.0).view(4, 3), F.mse_loss),
+        (None, 1, torch.tensor([0.5, 1.0, -2.0, 3.0]), lambda logits, labels: F.mse_loss(logits[:, 0], labels)),
+    ],
+)
+def test_the_loss_is_that_of_the_problem_type(tmp_path, problem, num_labels, labels, loss):
+    model = SDQForImageClassification.from_timm(
+        "resnet8_cifar", num_labels=num_labels, img_size=32, problem_type=problem
+    ).eval()
+    model.calibrate([images()])
+    model.save_pretrained(tmp_path, print_size=False)
+    before = (tmp_path / "config.json").read_text()
+    output = model(images(), labels=labels)
+    torch.testing.assert_close(output.loss, loss(output.logits, labels))
+    assert output.loss > 0
+    # What transformers finds out about the labels of one batch is not for the file.
+    model.save_pretrained(tmp_path, print_size=False)
+    assert (tmp_path / "config.json").read_text() == before
+
+
+def test_outputs_are_a_tuple_where_that_is_asked_for_and_hidden_states_are_refused():
     model = create()
     labels = torch.tensor([0, 3, 9, 1])
-    output = model(images(), labels=labels)
-    torch.testing.assert_close(output.loss, F.cross_entropy(output.logits, labels))
+    expected = model(images(), labels=labels)
+    for keywords in ({"return_dict": False}, {}):
+        output = model(images(), labels=labels, **keywords)
+        assert type(output) is tuple
+        assert torch.equal(output[0], expected.loss)
+        assert torch.equal(output[1], expected.logits)
+        model.config.return_dict = False
+    model.config.return_dict = True
+    for field in ("output_hidden_states", "output_attentions"):
+        with pytest.raises(ValueError, match=f"{field} is not possible"):
+            model(images(), **{field: True})
+        setattr(model.config, field, True)
+        with pytest.raises(ValueError, match=f"{field} is not possible"):
+            model(images())
+        assert torch.equal(model(images(), **{field: False}).logits, expected.logits)
+        setattr(model.config, field, False)
 
 
 def test_strategies_are_set_in_three_ways_and_errors_name_the_layer():
@@ -180,7 +225,14 @@ def test_saving_before_calibration_names_the_layer(tmp_path):
 def test_unknown_models_and_wrong_fields_are_named():
     with pytest.raises(ValueError, match="resnet20_cifar"):
         SDQForImageClassification.from_timm("resnet20_cifr")
-    for field, value in (("candidates", [0]), ("activation_bits", 9), ("weight_grid", "mid"), ("granularity", "nett")):
+    wrong = {
+        "candidates": [0],
+        "activation_bits": 9,
+        "weight_grid": "mid",
+        "granularity": "nett",
+        "problem_type": "multi",
+    }
+    for field, value in wrong.items():
         with pytest.raises(ValueError, match=field):
             SDQConfig(**{field: value})
 
