@@ -238,7 +238,8 @@ def apply_strategy(model: nn.Module, strategy: Strategy) -> None:
     layers = attached_layers(model)
     quantized = {name: bits for name, bits in strategy.items() if not bits.is_float}
     for name in quantized.keys() ^ layers.keys():
-        raise KeyError(unknown_layer(name, list(layers)))
+        lacks = f"The strategy lacks the layer {name!r} of the network, or has it as float."
+        raise KeyError(unknown_layer(name, list(layers)) if name in quantized else lacks)
     for name, bits in quantized.items():
         layer = layers[name]
         if not layer.has_float_weight and layer.weight_quantizer.bits != bits.weight_bits:

@@ -188,29 +188,49 @@ class SDQForImageClassification(PackedFilesMixin):
         return Strategy.from_json(self.config.strategy or [])
 
     def set_strategy(self, strategy: Strategy | int | Mapping[str, int]) -> None:
-        """Change weight bits: a `Strategy`, one number for every searchable layer, or layer name -> bits.
+        """Change bits: a `Strategy`, one number of weight bits for every searchable layer, or layer name -> weight bits.
 
-        A layer whose bits change gets a scale fitted to its weights; the others keep theirs. Raises `KeyError` for an
-        unknown layer, `ValueError` for bits that are not possible.
+        Of a `Strategy` only the bits of weights and inputs are taken; sizes and pins stay the model's own. A layer whose bits
+        change gets a scale fitted to its weights; the others keep theirs. Raises `KeyError` for layers that are not the
+        network's, `ValueError` for bits that are not possible and for a model that is dequantized; nothing is changed then.
         """
-        if not isinstance(strategy, Strategy):
-            strategy = self.strategy.with_bits(strategy)
+        if not self.quantized_layers():
+            raise ValueError(
+                "The model is dequantized, it has no bits to change: set them before dequantize(), or load it again."
+            )
         current = self.strategy
+        if not isinstance(strategy, Strategy):
+            strategy = current.with_bits(strategy)
+        for name in current:
+            if name not in strategy:
+                raise KeyError(f"The strategy lacks the layer {name!r} of the network.")
+        changed = dict(current)
         for name, layer in strategy.items():
-            if (layer.weight_bits == FLOAT_BITS) != (current[name].weight_bits == FLOAT_BITS):
+            own, bits = current[name], layer.weight_bits
+            if (bits == FLOAT_BITS) != (own.weight_bits == FLOAT_BITS):
                 raise ValueError(f"Layer {name!r}: whether a layer is float is decided at creation, by `pins`.")
-            if isinstance(layer.weight_bits, tuple) != isinstance(current[name].weight_bits, tuple):
+            if (layer.activation_bits == FLOAT_BITS) != (own.activation_bits == FLOAT_BITS):
+                raise ValueError(
+                    f"Layer {name!r}: whether its inputs are float is decided at creation, by `activation_bits`, "
+                    "`first_last_bits` and `pins`."
+                )
+            if isinstance(bits, tuple) != isinstance(own.weight_bits, tuple):
                 raise ValueError(
                     f"Layer {name!r}: bits for each output channel are for a model of granularity 'kernel', this one is of "
                     f"{self.config.granularity!r}."
                 )
-            if layer.num_weights != current[name].num_weights:
+            if layer.num_weights != own.num_weights:
                 raise ValueError(
-                    f"Layer {name!r} has {current[name].num_weights} weights, {layer.num_weights} in the strategy: that is "
+                    f"Layer {name!r} has {own.num_weights} weights, {layer.num_weights} in the strategy: that is "
                     "one of another network."
                 )
-        apply_strategy(self.timm_model, strategy)
-        self.config.strategy = strategy.to_json()
+            if isinstance(bits, tuple) and isinstance(own.weight_bits, tuple) and len(bits) != len(own.weight_bits):
+                raise ValueError(
+                    f"Layer {name!r} has {len(own.weight_bits)} output channels, the strategy {len(bits)}."
+                )
+            changed[name] = replace(own, weight_bits=bits, activation_bits=layer.activation_bits)
+        apply_strategy(self.timm_model, Strategy.of(changed))
+        self.config.strategy = Strategy.of(changed).to_json()
 
     @torch.no_grad()
     def load_float_state(self, state: Mapping[str, Tensor]) -> None:
@@ -243,14 +263,14 @@ class SDQForImageClassification(PackedFilesMixin):
     @contextmanager
     def float_mode(self) -> Iterator[None]:
         """Inside, the model computes in float: no quantizer works."""
-        layers = attached_layers(self.timm_model).values()
+        before = [(layer, layer.enabled) for layer in attached_layers(self.timm_model).values()]
         try:
-            for layer in layers:
+            for layer, _ in before:
                 layer.enabled = False
             yield
         finally:
-            for layer in layers:
-                layer.enabled = True
+            for layer, enabled in before:
+                layer.enabled = enabled
 
     def quantized_layers(self) -> dict[str, QuantizedLayer]:
         """Name (as in `strategy`) -> layer, of every layer whose weights are quantized."""

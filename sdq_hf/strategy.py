@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
 from functools import cached_property
+from numbers import Integral
 from typing import Any
 
 from .packing import packed_size
@@ -132,31 +133,35 @@ class Strategy(Mapping[str, LayerBits]):
         """A copy with other weight bits: one number for every searchable layer, or layer name -> bits.
 
         A number is for all channels of a layer whose channels have bits of their own. Raises `KeyError` for an unknown layer,
-        `ValueError` for bits that are not 1 to 8 (or 32).
+        `ValueError` that names the layer for bits that are not 1 to 8 (or 32).
         """
-        changes: dict[str, Any] = dict.fromkeys(self.searchable, bits) if isinstance(bits, int) else dict(bits)
-        names = [name for name, _ in self.layers]
-        for name in changes:
-            if name not in names:
-                raise KeyError(unknown_layer(name, names))
+        if not isinstance(bits, Mapping):
+            if not is_whole(bits):
+                raise ValueError(f"Weight bits must be a whole number, or layer name -> bits, got {short(bits)}.")
+            bits = dict.fromkeys(self.searchable, bits)
 
-        def changed(name: str, layer: LayerBits) -> LayerBits:
-            width = changes.get(name, layer.weight_bits)
-            if isinstance(width, int) and width != FLOAT_BITS and isinstance(layer.weight_bits, tuple):
-                width = (width,) * len(layer.weight_bits)
-            return replace(layer, weight_bits=width)
+        def of_layer(own: Any, width: Any) -> Any:
+            whole = is_whole(width) and width != FLOAT_BITS
+            return (width,) * len(own) if whole and isinstance(own, tuple) else width
 
-        return Strategy(tuple((name, changed(name, layer)) for name, layer in self.layers))
+        return self._with(
+            "weight_bits", {name: of_layer(self[name].weight_bits, width) for name, width in bits.items()}
+        )
 
     def with_activation_bits(self, bits: Mapping[str, int]) -> "Strategy":
         """A copy with other bits of inputs: layer name -> bits. Errors as in `with_bits`."""
-        names = [name for name, _ in self.layers]
-        for name in bits:
-            if name not in names:
-                raise KeyError(unknown_layer(name, names))
-        return Strategy(
-            tuple((name, replace(x, activation_bits=bits.get(name, x.activation_bits))) for name, x in self.layers)
-        )
+        return self._with("activation_bits", bits)
+
+    def _with(self, field: str, bits: Mapping[str, Any]) -> "Strategy":
+        layers = dict(self.layers)
+        for name, width in bits.items():
+            change: dict[str, Any] = {field: tuple(map(_as_int, width)) if isinstance(width, tuple) else _as_int(width)}
+            layer = self[name]
+            try:
+                layers[name] = replace(layer, **change)
+            except ValueError as error:
+                raise ValueError(f"Layer {short(name)}: {error}") from None
+        return Strategy.of(layers)
 
     # Costs -------------------------------------------------------------------------------------------------------
 
@@ -258,6 +263,16 @@ def bits_text(bits: int | tuple[int, ...]) -> str:
 
 def _is_bits(bits: Any) -> bool:
     return isinstance(bits, int) and not isinstance(bits, bool) and (1 <= bits <= 8 or bits == FLOAT_BITS)
+
+
+def is_whole(value: Any) -> bool:
+    """Whether `value` is a whole number, of Python or of numpy."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _as_int(value: Any) -> Any:
+    """A whole number as Python's int; what else it may be is left for the check of the field."""
+    return int(value) if is_whole(value) else value
 
 
 def short(value: Any, longest: int = 100) -> str:

@@ -1,7 +1,10 @@
+import json
 import random
 import subprocess
 import sys
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -9,6 +12,7 @@ import torch.nn.functional as F
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 
 from sdq_hf import SDQConfig, SDQForImageClassification, Strategy
+from sdq_hf.layers import apply_strategy
 from sdq_hf.quantizers import FORMS, GRIDS
 from sdq_hf.quantizers.positive import floors
 
@@ -155,6 +159,71 @@ def test_strategies_are_set_in_three_ways_and_errors_name_the_layer():
         model.set_strategy(other)
     with pytest.raises(ValueError, match=r"pins: no layer .*'typo\*'"):
         create(pins={"fc": 8, "typo*": 32})
+
+
+def test_of_a_strategy_only_the_bits_are_taken(tmp_path):
+    small, large = create(size=32), create(size=64)
+    own = {name: (x.num_weights, x.macs, x.pinned) for name, x in large.strategy.items()}
+    foreign = {name: replace(x, pinned=not x.pinned) for name, x in reversed(small.strategy.with_bits(3).layers)}
+    large.set_strategy(Strategy.of(foreign).with_activation_bits({"layer1.0.conv1": 2}))
+    large.calibrate([images(size=64)])
+    large.save_pretrained(tmp_path, print_size=False)
+    for model in (large, SDQForImageClassification.from_pretrained(tmp_path)):
+        assert {name: (x.num_weights, x.macs, x.pinned) for name, x in model.strategy.items()} == own
+        assert list(model.strategy) == list(own)
+        assert {x.weight_bits for x in model.strategy.values() if not x.pinned} == {3}
+        assert model.strategy["layer1.0.conv1"].activation_bits == 2
+        assert model.quantized_layers()["layer1.0.conv1"].input_quantizer.bits == 2
+
+
+def test_bits_are_whole_numbers_of_any_type_and_what_else_is_given_is_named():
+    model = create()
+    for bits in (np.int64(3), np.uint8(4), {"layer1.0.conv1": np.int32(5)}):
+        model.set_strategy(bits)
+        expected = bits["layer1.0.conv1"] if isinstance(bits, dict) else bits
+        width = model.strategy["layer1.0.conv1"].weight_bits
+        assert type(width) is int
+        assert width == expected
+    assert Strategy.from_json(json.dumps(model.strategy.to_json())) == model.strategy
+    before = model.strategy
+    cases = {
+        r"whole number, or layer name -> bits, got 3\.0": 3.0,
+        "layer name -> bits, got None": None,
+        "layer name -> bits, got True": True,
+        "layer name -> bits, got 'three'": "three",
+        r"'layer1\.0\.conv1'.*1 to 8.*got 2\.0": {"layer1.0.conv1": 2.0},
+        r"'layer1\.0\.conv1'.*1 to 8.*got '2'": {"layer2.0.conv1": 2, "layer1.0.conv1": "2"},
+        r"'fc': whether its inputs are float": before.with_activation_bits({"fc": 32}),
+    }
+    for text, bits in cases.items():
+        with pytest.raises(ValueError, match=text):
+            model.set_strategy(bits)
+    with pytest.raises(KeyError, match="The strategy lacks the layer 'fc' of the network"):
+        model.set_strategy(Strategy(before.layers[:-1]))
+    with pytest.raises(KeyError, match="No layer 'more' in the network"):
+        model.set_strategy(Strategy((*before.layers, ("more", before["fc"]))))
+    assert model.strategy == before
+    with pytest.raises(KeyError, match="The strategy lacks the layer 'fc'"):
+        apply_strategy(model.timm_model, Strategy(before.layers[:-1]))
+
+
+def test_a_dequantized_model_has_no_bits_to_change():
+    model = create().dequantize()
+    for bits in (2, {"fc": 2}, model.strategy):
+        with pytest.raises(ValueError, match="dequantized"):
+            model.set_strategy(bits)
+
+
+def test_float_mode_inside_float_mode_stays_until_the_outer_one_ends():
+    model = create()
+    quantized = logits(model)
+    with model.float_mode():
+        expected = logits(model)
+        with model.float_mode():
+            assert torch.equal(logits(model), expected)
+        assert torch.equal(logits(model), expected)
+    assert torch.equal(logits(model), quantized)
+    assert not torch.equal(expected, quantized)
 
 
 def test_costs_are_sums_over_layers():
