@@ -4,7 +4,7 @@ import fnmatch
 import math
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any
 
@@ -141,8 +141,19 @@ class SDQConfig(PretrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As in transformers; whatever is wrong with the fields is a `ValueError`."""
+        """As in transformers; whatever is wrong with the fields is a `ValueError`.
+
+        So is a keyword that would change a field that the weights of the file, or its strategy, were made with.
+        """
         try:
+            if config_dict.get("strategy") is not None and not _DECIDED.keys().isdisjoint(kwargs):
+                own = cls(**config_dict)
+                for field in _DECIDED:
+                    if field in kwargs and kwargs[field] != getattr(own, field):
+                        raise ValueError(
+                            f"{field} of a saved model is {short(getattr(own, field))} and cannot be {short(kwargs[field])}: "
+                            f"{_DECIDED[field]}"
+                        )
             return super().from_dict(config_dict, **kwargs)
         except (AttributeError, IndexError, KeyError, OverflowError, RecursionError, TypeError) as error:
             raise ValueError(f"config.json: a field has a value that transformers cannot read: {error!r}") from error
@@ -156,6 +167,30 @@ class SDQConfig(PretrainedConfig):
         """(channels, height, width) of the images."""
         size = (self.pretrained_cfg or {}).get("input_size") or (self.model_args.get("in_chans", 3), 224, 224)
         return tuple(size)  # type: ignore[return-value]
+
+
+_MADE_ANEW = "make a model anew from float weights, with from_timm or from_float."
+_BITS_ONLY = f"change bits with model.set_strategy({{layer: bits}}), or {_MADE_ANEW}"
+# Fields that a model with a strategy was made with -> what to do instead of changing one as it is loaded.
+_DECIDED = {
+    "activation_bits": "use model.set_strategy(model.strategy.with_activation_bits({layer: bits})), and calibrate.",
+    "first_last_bits": _BITS_ONLY,
+    "pins": _BITS_ONLY,
+    "weight_quantizer": _MADE_ANEW,
+    "weight_grid": _MADE_ANEW,
+    "weight_scale": _MADE_ANEW,
+    "scales": "use model.to_hardware_profile(batches).",
+}
+
+
+def check_fields(fields: Iterable[str]) -> None:
+    """`ValueError` for the name of a field that no configuration has, with the nearest that it has."""
+    config = SDQConfig()
+    for name in fields:
+        if not hasattr(config, name):
+            near = get_close_matches(name, vars(config), n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"SDQConfig has no field {short(name)}.{hint}")
 
 
 def _check_bits(field: str, bits: Any, float_allowed: bool = True) -> None:

@@ -18,7 +18,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .backbones import create_backbone, hub_id, pretrained_labels, set_grad_checkpointing
 from .checkpoint import DIGEST
-from .configuration_sdq import SDQConfig
+from .configuration_sdq import SDQConfig, check_fields
 from .configured import (
     configured_backbone,
     configured_state,
@@ -155,6 +155,7 @@ class SDQForImageClassification(PackedFilesMixin):
             if id2label is not None
             else {"num_labels": getattr(source, "num_classes", 0)}
         )
+        check_fields(config_kwargs)
         config = SDQConfig(
             architecture=architecture,
             model_args=dict(model_args or {}),

@@ -85,6 +85,41 @@ def test_a_network_that_is_not_the_strategys_is_not_saved(saved, tmp_path):
         assert not (tmp_path / "model").exists()
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "advice"),
+    [
+        ("activation_bits", 8, "with_activation_bits"),
+        ("first_last_bits", 4, r"set_strategy\(\{layer: bits\}\)"),
+        ("pins", {"fc": 4}, r"set_strategy\(\{layer: bits\}\)"),
+        ("weight_quantizer", "dorefa", "from_float"),
+        ("weight_grid", "twos_complement", "from_float"),
+        ("weight_scale", "channel", "from_float"),
+        ("scales", "power_of_two", "to_hardware_profile"),
+    ],
+)
+def test_a_field_that_the_strategy_was_made_with_is_not_changed_at_loading(model, saved, field, value, advice):
+    for load in (AutoModelForImageClassification.from_pretrained, SDQConfig.from_pretrained):
+        with pytest.raises(ValueError, match=rf"^{field} of a saved model is .*{advice}"):
+            load(saved, **{field: value})
+    same = SDQForImageClassification.from_pretrained(saved, **{field: getattr(model.config, field)})
+    assert same.config.strategy == model.config.strategy
+
+
+def test_fields_that_a_search_may_have_otherwise_are_changed_at_loading(model, saved):
+    loaded = SDQForImageClassification.from_pretrained(saved, candidates=[2, 4], granularity="block")
+    assert (loaded.config.candidates, loaded.config.granularity) == ([2, 4], "block")
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_the_name_of_a_field_that_does_not_exist_is_refused_with_the_nearest():
+    with pytest.raises(ValueError, match=r"no field 'activation_bit'\. Did you mean 'activation_bits'"):
+        SDQForImageClassification.from_timm("resnet8_cifar", activation_bit=3)
+    with pytest.raises(ValueError, match=r"no field 'qqqqqq'\.$"):
+        SDQForImageClassification.from_timm("resnet8_cifar", qqqqqq=3)
+    model = SDQForImageClassification.from_timm("resnet8_cifar", activation_bits=3, problem_type="regression")
+    assert (model.config.activation_bits, model.config.problem_type) == (3, "regression")
+
+
 def test_sharded_files(model, tmp_path):
     model.save_pretrained(tmp_path, max_shard_size="20KB", print_size=False)
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 3
