@@ -1,17 +1,19 @@
 """`search`: strategies for a model's budgets, by SDQ or by one of its rivals."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from inspect import signature
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
 from ..costs import Cost, get_cost
 from ..modeling_sdq import SDQForImageClassification
-from ..strategy import Strategy
+from ..strategy import Strategy, is_whole, short
 from .agreement import check_agreement
 from .descent import Descent
 from .relaxed import edmips, fracbits
@@ -44,7 +46,7 @@ _OPTIONS_OF: dict[str, Callable[..., object]] = {"two_sided": TwoSided, "paper":
 
 def search(
     model: SDQForImageClassification,
-    data: Iterable[Batch] | None,
+    data: Iterable[Batch | Tensor] | None,
     budgets: Sequence[float],
     cost: str | Path | Mapping[str, Any] | Cost = "bits",
     method: str = "two_sided",
@@ -70,8 +72,8 @@ def search(
     Args:
         model: with its pretrained float weights; `model.config.granularity` says what shares one bitwidth. Activation steps
             that are not fitted yet are fitted to the first batches.
-        data: batches `{"pixel_values": [B, C, H, W]}`, iterated again and again (`set_epoch` is called when there).
-            The rules "uniform", "random", "size" and "greedy" need none.
+        data: batches `{"pixel_values": [B, C, H, W]}`, or the images alone, iterated again and again (`set_epoch` is called
+            when there). Labels are not used. The rules "uniform", "random", "size" and "greedy" need none.
         budgets: in units of `cost`, and in any order. The strategy found costs at most the budget, and less by no more than
             0.05 bits or 1 %; a warning tells where the steps of a few large layers are too coarse for that.
         cost: "bits", average bits of the searchable layers; of the whole network "bytes" of the packed weights,
@@ -105,6 +107,9 @@ def search(
     disagree: SDQ's methods find out at the next batch, the others at the end.
     """
     check_options(method, options)
+    budgets, floors = _budgets(budgets), _floors(floors)
+    if not _is_number(weight_lr) or not 0 <= weight_lr < math.inf:
+        raise ValueError(f"weight_lr must be a number of at least 0, got {short(weight_lr)}.")
     cost = get_cost(cost)
     granularity = model.config.granularity
     check_granularity(method, granularity, search_activations)
@@ -133,6 +138,26 @@ def search(
     if task.accelerator.num_processes > 1:
         check_agreement(task.accelerator, log.batches, {"strategies": [strategy.to_json() for strategy in found]})
     return found
+
+
+def _budgets(budgets: Any) -> list[float]:
+    numbers = list(budgets) if isinstance(budgets, Iterable) and not isinstance(budgets, str | Mapping) else []
+    if not numbers or not all(map(_is_number, numbers)):
+        raise ValueError(f"budgets must be a list of numbers, such as [3.0, 2.0], got {short(budgets)}.")
+    return [float(number) for number in numbers]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _floors(floors: Any) -> dict[str, int]:
+    if not isinstance(floors, Mapping | None):
+        raise ValueError(f"floors must map patterns of layer names to bits, got {short(floors)}.")
+    for pattern, bits in (floors or {}).items():
+        if not isinstance(pattern, str) or not is_whole(bits):
+            raise ValueError(f"floors[{short(pattern)}] must be a whole number of bits, got {short(bits)}.")
+    return {pattern: int(bits) for pattern, bits in (floors or {}).items()}
 
 
 def check_options(method: str, options: Mapping[str, Any]) -> None:

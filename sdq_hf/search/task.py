@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from typing import Any, cast
 
 import torch
@@ -10,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import Tensor, nn
 
-from ..modeling_sdq import SDQForImageClassification
+from ..modeling_sdq import SDQForImageClassification, pixels_of
 from ..quantizers.activation import best_step_and_sign
 from ..training.evaluation import logits_of
 from ..training.loaders import Batch, endless
@@ -67,7 +68,7 @@ class Task:
 
     model: SDQForImageClassification
     descent: Descent
-    data: Iterable[Batch] | None
+    data: Iterable[Batch | Tensor] | None
     teacher: nn.Module | None
     seed: int
     weight_lr: float
@@ -78,10 +79,18 @@ class Task:
     resume_from: Mapping[str, Any] | None
 
     def batches(self, start: int = 0) -> Iterator[Batch]:
-        """The batches of `data` again and again, from batch number `start` on; `ValueError` where there is no data."""
+        """The batches of `data` again and again, from batch number `start` on, with their images alone.
+
+        Raises `ValueError` where there is no data, for a batch without images, and for an iterator that is used up.
+        """
         if self.data is None:
             raise ValueError(f"The method {self.log.method!r} needs data.")
-        return endless(self.data, start)
+        batches: Iterator[Any]
+        if isinstance(self.data, Iterator):
+            batches = chain(islice(self.data, start, None), _used_up())
+        else:
+            batches = endless(cast(Any, self.data), start)
+        return ({"pixel_values": pixels_of(batch)} for batch in batches)
 
     def calibrate(self) -> None:
         """Fit the activation steps to the data at the starting bits, unless they are fitted; all ranks take the first's."""
@@ -148,6 +157,15 @@ class Task:
                 "average_bits": self.descent.average_bits(),
             }
         )
+
+
+def _used_up() -> Iterator[Batch]:
+    """Stands behind the batches of an iterator, which cannot be gone through again."""
+    raise ValueError(
+        "The batches are used up: data is an iterator, which gives each of them once. Pass a DataLoader or a list, which the "
+        "search can go through again and again."
+    )
+    yield
 
 
 def float_copy(model: SDQForImageClassification) -> SDQForImageClassification:

@@ -325,7 +325,10 @@ def test_channels_keep_their_scale_when_their_bits_stay(kernels):
         (lambda: network("layer", weight_scale="channel", weight_quantizer="dorefa"), "weight_scale 'channel' needs"),
         (lambda: network("channel"), "granularity must be one of layer, block, net, kernel"),
         (lambda: network("layer").set_strategy({"layer1.0.conv1": (3,) * 16}), "for a model of granularity 'kernel'"),
-        (lambda: network("kernel").set_strategy({"layer1.0.conv1": (3,) * 8}), "has 16 output channels, the strategy 8"),
+        (
+            lambda: network("kernel").set_strategy({"layer1.0.conv1": (3,) * 8}),
+            "has 16 output channels, the strategy 8",
+        ),
         (lambda: LayerBits((3, 9), 4, 10, 10), "channels must be 1 to 8 each"),
         (lambda: LayerBits((3, 4, 5), 4, 10, 12), "multiples of its 3 channels"),
         (lambda: search(network("kernel"), Images(), [3.0], method="table"), "does not search granularity 'kernel'"),

@@ -1,5 +1,6 @@
 import copy
 import json
+from itertools import cycle, islice
 from types import SimpleNamespace
 
 import numpy as np
@@ -296,3 +297,51 @@ def test_wrong_arguments_are_named(planted):
         search(planted, Images(), [2.0], floors={"stem*": 3})
     with pytest.raises(ValueError, match="no batch"):
         search(copy.deepcopy(planted), [], [2.0], accelerator=Accelerator(cpu=True))
+    for budgets in (2.0, "2.0", None, [], [2.0, "3"], [True]):
+        with pytest.raises(ValueError, match="budgets must be a list of numbers"):
+            search(planted, Images(), budgets)
+    for bits in ("4", 4.0, None, True):
+        with pytest.raises(ValueError, match=r"floors\['\*'\] must be a whole number of bits"):
+            search(planted, Images(), [4.0], floors={"*": bits})
+    with pytest.raises(ValueError, match="floors must map patterns"):
+        search(planted, Images(), [4.0], floors=4)
+    for rate in (-1, float("nan"), float("inf"), "0.1", None):
+        with pytest.raises(ValueError, match="weight_lr must be a number of at least 0"):
+            search(planted, Images(), [2.0], weight_lr=rate)
+
+
+def test_numbers_of_numpy_are_numbers(planted):
+    expected = search(planted, None, [3.0, 2.0], method="greedy", floors={"*": 2})
+    assert search(planted, None, np.array([3.0, 2.0]), method="greedy", floors={"*": np.int64(2)}) == expected
+    assert search(planted, None, (np.float32(3), 2), method="greedy", floors={"*": 2}) == expected
+
+
+@pytest.mark.parametrize(
+    ("method", "options"), [("two_sided", {}), ("table", {"images": 8}), ("fracbits", {"batches": 4})]
+)
+def test_images_alone_give_what_batches_with_labels_give(planted, method, options):
+    batches = [{**batch, "labels": torch.zeros(len(batch["pixel_values"]))} for batch in islice(Images(), 4)]
+    alone = [batch["pixel_values"] for batch in batches]
+    expected, found = (
+        search(copy.deepcopy(planted), data, [5.5], method=method, accelerator=Accelerator(cpu=True), **options)
+        for data in (batches, alone)
+    )
+    assert found == expected
+
+
+def test_an_iterator_without_end_can_be_searched_with(planted):
+    (found,) = search(copy.deepcopy(planted), cycle(Images()), [5.5], accelerator=Accelerator(cpu=True))
+    assert 5.45 <= found.average_bits() <= 5.5
+
+
+def test_batches_that_a_search_cannot_use_are_named(planted):
+    def run(data):
+        search(copy.deepcopy(planted), data, [2.0], accelerator=Accelerator(cpu=True))
+
+    x = next(iter(Images()))["pixel_values"]
+    with pytest.raises(ValueError, match="'pixel_values'; got a mapping with 'images'"):
+        run([{"images": x}])
+    with pytest.raises(ValueError, match="'pixel_values'; got list"):
+        run([[x, x]])
+    with pytest.raises(ValueError, match="batches are used up"):
+        run(x for _ in range(6))
