@@ -79,6 +79,8 @@ _SAMPLE = "a sample of another size, or of all values in another order"
 _SHORTCUT = "a shortcut: signed steps are no better without a negative value"
 _TIE = "a tie of sums of floats, which a margin is there for"
 _UNIFORM = "in `return torch.rand(count, generator=generator, dtype=torch.float64).clamp_(1e-12, 1 - 1e-12)`"
+_CLIPS = "in `factors = torch.cat([torch.logspace(0, math.log10(0.04), 48), torch.linspace(1.02, 0.7, 33)])`"
+_LEAST = "in `best, least = torch.where(error < least, scale, best), torch.minimum(error, least)`"
 EQUIVALENT: dict[tuple[str, str], str] = {
     (
         "quantizers/power_of_two",
@@ -117,6 +119,25 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "quantizers/weight",
         "rows and (not w.is_meta) -> rows or not w.is_meta in `if rows and not w.is_meta:`",
     ): "fitting no channels, or on the meta device, changes nothing",
+    ("quantizers/weight", f"33 -> 34 {_CLIPS}"): "clips of the same range, a little finer",
+    ("quantizers/weight", f"48 -> 49 {_CLIPS}"): "clips of the same range, a little finer",
+    ("quantizers/weight", "0 -> 1 in `places = [0] * len(bits)`"): "every entry is written",
+    (
+        "quantizers/weight",
+        "refined > 0 -> refined >= 0 in `scale = torch.where(refined > 0, refined, scale)`",
+    ): "a scale of zero has an error that is no number, and is not taken",
+    (
+        "quantizers/weight",
+        "torch.is_grad_enabled() and self.scale.requires_grad -> torch.is_grad_enabled() or self.scale.requires_grad in "
+        "`learns = torch.is_grad_enabled() and self.scale.requires_grad`",
+    ): "a factor of a gradient that nothing takes",
+    ("quantizers/weight", "8 -> 9 in `for k in range(1, -8, -1):`"): "one clip more, far below the others",
+    ("quantizers/weight", f"error < least -> error <= least {_LEAST}"): "a tie of errors",
+    ("quantizers/weight", f"error < least -> error <= least {_LEAST} (2)"): "a tie of errors",
+    (
+        "quantizers/weight",
+        "units * half -> units / half in `best, least = units * half, torch.full_like(units, math.inf)`",
+    ): "the first clip takes its place, whose error is finite",
     (
         "search/descent",
         "1 -> 2 in `return max(above[0] if above else self.candidates[-1], usual[0] if usual else self.candidates[-1])`",
