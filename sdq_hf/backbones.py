@@ -160,6 +160,13 @@ def create_backbone(architecture: str, *, pretrained_path: str | os.PathLike | N
         raise ValueError(f"timm cannot make {architecture!r} with {short(kwargs)}: {error}") from error
 
 
+def sized(architecture: str, model_args: Mapping[str, Any], img_size: int | None) -> dict[str, Any]:
+    """`model_args`, and `img_size` among them where timm makes networks of `architecture` for one size of images."""
+    known = timm.get_pretrained_cfg(architecture)
+    fixed = known is not None and known.fixed_input_size
+    return {**model_args, "img_size": img_size} if img_size and fixed else dict(model_args)
+
+
 def _from_pretrained_file(architecture: str, path: str, kwargs: Mapping[str, Any]) -> nn.Module:
     classes = timm.get_pretrained_cfg(architecture).num_classes
     # -1 is no head's size, so that timm takes none from the file.

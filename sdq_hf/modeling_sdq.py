@@ -16,7 +16,7 @@ from torch.optim.swa_utils import update_bn
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.utils.generic import can_return_tuple
 
-from .backbones import create_backbone, hub_id, pretrained_labels, set_grad_checkpointing
+from .backbones import create_backbone, hub_id, pretrained_labels, set_grad_checkpointing, sized
 from .checkpoint import DIGEST
 from .configuration_sdq import SDQConfig, check_fields
 from .configured import (
@@ -108,7 +108,8 @@ class SDQForImageClassification(PackedFilesMixin):
             pretrained: load timm's pretrained weights. checkpoint_path: load float weights from a file, as in timm.
             id2label: label names; sets num_labels. Default: ImageNet's, with pretrained weights that have them.
             model_args: further arguments of `timm.create_model`, e.g. `{"in_chans": 1}`.
-            img_size: side of the square images in pixels; default: the model's own.
+            img_size: side of the square images in pixels; default: the model's own, or that of `model_args`. Networks that
+                are made for one size, as transformers, are made for this one.
             pretrained_path: a file to take the place of timm's pretrained weights; the head is new, of `num_labels`.
             config_kwargs: fields of `SDQConfig`.
 
@@ -117,13 +118,14 @@ class SDQForImageClassification(PackedFilesMixin):
         if id2label is not None:
             num_labels = len(id2label)
         head = {} if num_labels is None else {"num_classes": num_labels}
+        model_args = sized(architecture, model_args or {}, img_size)
         source = create_backbone(
             architecture,
             pretrained=pretrained,
             checkpoint_path=os.fspath(checkpoint_path or ""),
             pretrained_path=pretrained_path,
             **head,
-            **(model_args or {}),
+            **model_args,
         )
         if pretrained and not pretrained_path:
             config_kwargs.setdefault("base_model", hub_id(source))
@@ -146,7 +148,8 @@ class SDQForImageClassification(PackedFilesMixin):
         pretrained_cfg = dict(getattr(source, "pretrained_cfg", None) or {})
         data = timm.data.resolve_data_config(pretrained_cfg=pretrained_cfg, model=source)
         channels = (model_args or {}).get("in_chans", data["input_size"][0])
-        size = (img_size, img_size) if img_size else tuple(data["input_size"][1:])
+        side = img_size or (model_args or {}).get("img_size") or data["input_size"][1:]
+        size = (side, side) if isinstance(side, int) else tuple(side)
         pretrained_cfg.update(data, input_size=(channels, *size), num_classes=getattr(source, "num_classes", 0))
         for field in ("mean", "std"):
             pretrained_cfg[field] = _to_channels(pretrained_cfg[field], channels)

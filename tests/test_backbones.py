@@ -53,3 +53,20 @@ def test_a_quantized_model_from_a_file_says_nothing_of_where_it_lay(weights, tmp
     text = (tmp_path / "model" / "config.json").read_text()
     assert str(weights.parent) not in text
     assert json.loads(text)["pretrained_cfg"]["num_classes"] == 3
+
+
+def test_networks_made_for_one_size_of_images_are_made_for_the_size_asked_for():
+    images = torch.randn(2, 3, 64, 64)
+    by_size = SDQForImageClassification.from_timm("test_vit", num_labels=4, img_size=64)
+    assert by_size.config.input_size == (3, 64, 64)
+    assert by_size(images).logits.shape == (2, 4)
+    # timm's own argument says the same.
+    by_argument = SDQForImageClassification.from_timm("test_vit", num_labels=4, model_args={"img_size": 64})
+    assert by_argument.config.input_size == (3, 64, 64)
+    macs = [model.strategy.bitops() for model in (by_size, by_argument)]
+    whole = SDQForImageClassification.from_timm("test_vit", num_labels=4)
+    assert macs[0] == macs[1] < whole.strategy.bitops()
+    # Patches of 16 x 16 and one token more: 17 in place of 101.
+    assert by_size.strategy["blocks.0.mlp.fc1"].macs * 101 == whole.strategy["blocks.0.mlp.fc1"].macs * 17
+    # A network of convolutions takes any size, and no such argument.
+    assert "img_size" not in SDQForImageClassification.from_timm("resnet8_cifar", img_size=64).config.model_args

@@ -22,7 +22,7 @@ from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, broadcast, set_seed
 from torch import Tensor, nn
 
-from ..backbones import create_backbone, hub_id, set_grad_checkpointing
+from ..backbones import create_backbone, hub_id, set_grad_checkpointing, sized
 from ..costs import Cost, get_cost
 from ..layers import input_quantizers
 from ..modeling_sdq import SDQForImageClassification
@@ -77,7 +77,6 @@ class Run:
         self._check_folder()
         self.accelerator = _accelerator(arguments)
         self.data = load_data(arguments.data, arguments.run.seed)
-        self.model_args: dict[str, Any] = {"in_chans": self.data.channels}
         self.network = self._create_float_network()
         self.base = self.quantize(self.network)
         self._loaders: dict[int, dict[str, Any]] = {}
@@ -96,7 +95,7 @@ class Run:
             Descent(strategy, cost, budgets, self.base.config.candidates, search.start_bits, floors, units)
         if teacher is not None:
             network = create_backbone(
-                teacher, pretrained=False, num_classes=len(self.data.label_names), **self.model_args
+                teacher, pretrained=False, num_classes=len(self.data.label_names), **self._model_args(teacher)
             )
             if self.arguments.finetune.kd_teacher_checkpoint is None and not self._fits_data(network):
                 raise ArgumentError(
@@ -208,11 +207,14 @@ class Run:
             checkpoint_path=model.checkpoint or "",
             pretrained_path=model.pretrained_path,
             num_classes=len(self.data.label_names),
-            **self.model_args,
+            **self._model_args(model.model),
         )
         if self.arguments.run.grad_checkpointing:
             set_grad_checkpointing(network)
         return network.to(self.accelerator.device).to(memory_format=torch.channels_last)
+
+    def _model_args(self, architecture: str) -> dict[str, Any]:
+        return sized(architecture, {"in_chans": self.data.channels}, self.arguments.data.img_size)
 
     def quantize(self, network: nn.Module) -> SDQForImageClassification:
         """The quantized model of a float network, as the options of the model say."""
@@ -221,7 +223,7 @@ class Run:
             network,
             model.model,
             id2label=dict(enumerate(self.data.label_names)),
-            model_args=self.model_args,
+            model_args=self._model_args(model.model),
             img_size=self.arguments.data.img_size,
             candidates=model.candidates,
             granularity=model.granularity,
@@ -560,7 +562,7 @@ class Run:
             pretrained=options.kd_teacher_checkpoint is None,
             checkpoint_path=options.kd_teacher_checkpoint or "",
             num_classes=len(self.data.label_names),
-            **self.model_args,
+            **self._model_args(options.kd_teacher),
         )
         return teacher.to(self.accelerator.device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
 
