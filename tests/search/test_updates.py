@@ -5,8 +5,11 @@ import json
 import pytest
 import torch
 
+from sdq_hf import LayerBits, Strategy
+from sdq_hf.costs import get_cost
 from sdq_hf.quantizers.stochastic import draw
-from sdq_hf.search.updates import Paper, TwoSided
+from sdq_hf.search.descent import Descent
+from sdq_hf.search.updates import Paper, RunningMean, TwoSided
 from tests.search.descents import descent
 
 
@@ -184,3 +187,52 @@ def test_several_moves_are_the_best_of_those_that_are_ready():
         ("l2", pytest.approx(0.2)),
         ("l0", pytest.approx(0.3)),
     ]
+
+
+def test_what_the_two_sided_search_does_by_default():
+    way = descent([1.0], sizes=(100, 100), start_bits=3)
+    update = TwoSided(way, seed=0)
+    # Halfway from 2 bits on, not from 3.
+    assert 0.5 not in {share for step in range(50) for share in update.draw(step).values()}
+    way.step_down("l0", 0.0)
+    update.reset("l0")
+    drawn = [update.draw(step) for step in range(50)]
+    assert {shares["l0"] for shares in drawn} == {1.0, 0.5, 0.0}
+    assert 0.5 not in {shares["l1"] for shares in drawn}
+    # Of two draws the first weighs 0.99.
+    for side in (1.0, 0.0):
+        for gradient in (0.0, -1.0):
+            update.observe({"l1": gradient}, {"l1": side})
+    assert update.estimates()["l1"][0] == pytest.approx(1 / 1.99)
+    mean = RunningMean()
+    for value in (0.0, 1.0):
+        mean.add(value)
+    assert mean.mean == pytest.approx(1 / 1.99)
+
+
+def test_what_the_papers_update_does_by_default():
+    way = descent([2.0], sizes=(100, 100))
+    update = Paper(way, 0, {name: dict.fromkeys(range(1, 9), 0.0) for name in way.names}, lr=0.0)
+    for step in range(101):
+        assert update.cost_weight == 1.0
+        assert update.next_moves() == []
+        update.draw(step)
+        update.observe(dict.fromkeys(way.names, 0.0), {})
+    # Doubled behind a hundred batches without a step.
+    assert update.cost_weight == 2.0
+    for gradient, end in ((1e6, -4.0), (-1e6, 4.0)):
+        update = Paper(way, 0, update.errors, temperature=10.0)
+        update.draw(0)
+        update.observe(dict.fromkeys(way.names, gradient), {})
+        assert update.theta.tolist() == [end, end]
+
+
+def test_the_papers_shares_are_those_of_what_bits_cost_above_the_fewest():
+    # A bit of weights costs more beside 8-bit inputs, and not in proportion.
+    start = Strategy.of({"l0": LayerBits(8, 4, 10, 10), "l1": LayerBits(8, 8, 10, 10)})
+    cost = get_cost("lut")
+    way = Descent(start, cost, [cost.of_layer(start, "l1")], [1, 2, 8])
+    low = start.with_bits(1)
+    above = [(cost.of_layer(start, name) - cost.of_layer(low, name)) ** 0.5 for name in start]
+    shares = Paper(way, 0, {}).share
+    assert shares == {name: pytest.approx(size / sum(above)) for name, size in zip(start, above, strict=True)}
