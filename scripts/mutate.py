@@ -109,6 +109,19 @@ EQUIVALENT: dict[tuple[str, str], str] = {
     ): "a tie of measured numbers",
     (
         "search/updates",
+        "1.0 -> 2.0 in `whole = sum(sizes.values()) or 1.0`",
+    ): "zero divided by either is zero",
+    (
+        "search/updates",
+        "0.0 -> 1.0 in `return self.total / self.weight if self.count else 0.0`",
+    ): "nobody looks at a mean of nothing",
+    (
+        "search/updates",
+        "beta[name] < self.threshold -> beta[name] <= self.threshold in "
+        "`ready = [name for name in self.descent.movable if beta[name] < self.threshold]`",
+    ): "a tie of real numbers",
+    (
+        "search/updates",
         "u < end -> u <= end in `return 1.0 if u < end else 0.5 if u < 1 - end else 0.0`",
     ): "a draw right at the border, which has probability 0",
     (
