@@ -114,6 +114,18 @@ def test_the_next_step_of_a_layer_counts_four_times_its_last_one():
         assert found_after(way_of(sizes, 11_650), ("f", f), ("d", 0.2), ("e", 0.1), ("a", 0.5)) == expected
 
 
+def test_a_layer_that_never_stepped_counts_as_the_first_steps_of_others():
+    # 500 are left over. One bit less in d or in e makes room for a, and e has made no step yet: its first one counts four
+    # times the mean of what the first steps of d, a and f have cost.
+    sizes = {"a": 1000, "d": 600, "e": 550, "f": 20}
+    d, e = {"a": 6, "d": 4, "e": 6, "f": 6}, {"a": 6, "d": 5, "e": 5, "f": 6}
+    assert found_after(way_of(sizes, 11_900), ("f", 0.0), ("d", 0.1), ("a", 0.5)) == d
+    assert found_after(way_of(sizes, 11_900), ("f", 0.0), ("d", 0.6), ("a", 0.7)) == e
+    # Not their last ones, which would make it dearer than the third step of d.
+    steps = ("f", 0.0), ("d", 0.1), ("d", 0.5), ("a", 1.2)
+    assert found_after(way_of(sizes, 11_300), *steps) == {**e, "d": 4}
+
+
 def test_several_layers_step_for_one_where_single_exchanges_leave_too_much():
     # The sizes of ResNet-8. 3.83 average bits are left by the last step, of a layer with half of all weights.
     sizes = {"a": 2304, "b": 2304, "c": 4608, "d": 9216, "e": 512, "f": 18432, "g": 36864, "h": 2048}
