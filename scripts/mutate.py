@@ -79,6 +79,7 @@ _SAMPLE = "a sample of another size, or of all values in another order"
 _SHORTCUT = "a shortcut: signed steps are no better without a negative value"
 _TIE = "a tie of sums of floats, which a margin is there for"
 _UNIFORM = "in `return torch.rand(count, generator=generator, dtype=torch.float64).clamp_(1e-12, 1 - 1e-12)`"
+_STEPS = "in `steps.append((saved > over, saved if saved > over else damage / saved, name, width))`"
 _CLIPS = "in `factors = torch.cat([torch.logspace(0, math.log10(0.04), 48), torch.linspace(1.02, 0.7, 33)])`"
 _LEAST = "in `best, least = torch.where(error < least, scale, best), torch.minimum(error, least)`"
 EQUIVALENT: dict[tuple[str, str], str] = {
@@ -169,6 +170,25 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "search/descent",
         "-1 -> +1 in `return max(above[0] if above else self.candidates[-1], usual[0] if usual else self.candidates[-1])`",
     ): "a budget above the top of the ladder is refused before",
+    ("search/descent", "0.0 -> 1.0 in `price = 0.0`"): "all prices are higher by one",
+    ("search/descent", f"saved > over -> saved >= over {_STEPS}"): _TIE,
+    ("search/descent", f"saved > over -> saved >= over {_STEPS} (2)"): _TIE,
+    (
+        "search/descent",
+        "self.total(self.start) < max(self.budgets) - cost.tolerance(max(self.budgets)) -> self.total(self.start) <= "
+        "max(self.budgets) - cost.tolerance(max(self.budgets)) in "
+        "`if self.total(self.start) < max(self.budgets) - cost.tolerance(max(self.budgets)):`",
+    ): _TIE,
+    (
+        "search/descent",
+        "self._change(bits, name, upper) <= slack -> self._change(bits, name, upper) < slack in "
+        "`if self._change(bits, name, upper) <= slack:`",
+    ): _TIE,
+    (
+        "search/descent",
+        "(over := (self.total(bits) - budget * (1 + 1e-09))) > 0 -> (over := (self.total(bits) - budget * (1 + 1e-09))) >= 0 "
+        "in `while (over := self.total(bits) - budget * (1 + 1e-9)) > 0:`",
+    ): _TIE,
     (
         "quantizers/bins",
         "1 -> 2 in `variance = (squares / count.clamp_min(1) - mean.square()) * (count >= 2)`",
