@@ -145,6 +145,14 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "torch.is_grad_enabled() and self.scale.requires_grad -> torch.is_grad_enabled() or self.scale.requires_grad in "
         "`learns = torch.is_grad_enabled() and self.scale.requires_grad`",
     ): "a factor of a gradient that nothing takes",
+    (
+        "quantizers/weight",
+        "missing > 0 -> missing >= 0 in `moving = (x <= low) | (x >= high) if missing > 0 else x != 0`",
+    ): "nothing moves where nothing is missing",
+    (
+        "quantizers/weight",
+        "x < 0 -> x <= 0 in `return torch.where(x < 0, -1.0, 1.0) * (x.abs() + moving * (missing / moving.sum()))`",
+    ): "zeros may move to either side of zero",
     ("quantizers/weight", "8 -> 9 in `for k in range(1, -8, -1):`"): "one clip more, far below the others",
     ("quantizers/weight", f"error < least -> error <= least {_LEAST}"): "a tie of errors",
     ("quantizers/weight", f"error < least -> error <= least {_LEAST} (2)"): "a tie of errors",
