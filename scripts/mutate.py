@@ -178,7 +178,6 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "search/descent",
         "-1 -> +1 in `return max(above[0] if above else self.candidates[-1], usual[0] if usual else self.candidates[-1])`",
     ): "a budget above the top of the ladder is refused before",
-    ("search/descent", "0.0 -> 1.0 in `price = 0.0`"): "all prices are higher by one",
     ("search/descent", f"saved > over -> saved >= over {_STEPS}"): _TIE,
     ("search/descent", f"saved > over -> saved >= over {_STEPS} (2)"): _TIE,
     (

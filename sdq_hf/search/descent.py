@@ -300,7 +300,11 @@ class Descent:
             found: list[Bits] = []
             for exchanged in (self._steps_down(base, budget), self._steps_up(base, budget)):
                 found += exchanged
-                close = [(self._price(bits), i, bits) for i, bits in enumerate(found) if self._is_close(bits, budget)]
+                close = [
+                    (sum(self._price(name, width) for name, width in bits.items()), i, bits)
+                    for i, bits in enumerate(found)
+                    if self._is_close(bits, budget)
+                ]
                 if close:
                     return min(close)[2]
             base = max(found, key=self.total, default=best)
@@ -341,7 +345,7 @@ class Descent:
                     width = self._lower(bits, name)
                     if name != raised and width is not None:
                         saved = -self._change(bits, name, width)
-                        damage = self._price({**bits, name: width}) - self._price(bits)
+                        damage = self._price(name, width) - self._price(name, bits[name])
                         steps.append((saved > over, saved if saved > over else damage / saved, name, width))
                 if not steps:
                     break
@@ -361,19 +365,16 @@ class Descent:
     def _is_close(self, bits: Bits, budget: float) -> bool:
         return budget - self.total(bits) <= self.cost.tolerance(budget)
 
-    def _price(self, bits: Bits) -> float:
-        """Damage of going from the present bits to `bits`.
+    def _price(self, name: str, width: int) -> float:
+        """Damage of taking a layer from its present bits to `width`.
 
-        Raised layers take back what their steps were estimated at. That of steps down is not measured yet: it grows from
+        A raised layer takes back what its steps were estimated at. That of steps down is not measured yet: it grows from
         the layer's last one.
         """
-        price = 0.0
-        for name, width in bits.items():
-            present = self.bits[name]
-            steps = sum(width <= b < present for b in self.ladder[name])
-            price += self._last_damage(name) * sum(ERROR_GROWTH**step for step in range(1, steps + 1))
-            price -= sum(damage for rung, damage in self.damage[name].items() if present <= rung < width)
-        return price
+        damage, present = self.damage[name], self.bits[name]
+        steps = sum(width <= b < present for b in self.ladder[name])
+        lost = self._last_damage(name) * sum(ERROR_GROWTH**step for step in range(1, steps + 1)) if steps else 0.0
+        return lost - sum(regained for rung, regained in damage.items() if present <= rung < width)
 
     def _last_damage(self, name: str) -> float:
         """Of the layer's last step down; where it has made none, the mean of the others' first ones."""
