@@ -132,6 +132,12 @@ class Layer(Node):
 
     def facts(self) -> dict[str, Any]:
         low, high = int(self.weight.min()), int(self.weight.max())
+        windows = {
+            "stride": list(self.stride),
+            "padding": list(self.padding),
+            "dilation": list(self.dilation),
+            "groups": self.groups,
+        }
         return {
             "kind": "linear" if self.is_linear else "depthwise" if 1 < self.groups == len(self.weight) else "conv",
             "weight_bits_in_file": self.weight_bits,
@@ -142,6 +148,7 @@ class Layer(Node):
             "weight_exponents": sorted(set(self.exponents)) if len(set(self.exponents)) > 1 else self.exponents[0],
             "accumulator_bits": self.sum_width,
             "bias": self.bias is not None,
+            **({} if self.is_linear else windows),
         }
 
 

@@ -25,7 +25,8 @@ def manifest(
 
     targets: what was exported -> what it was written with.
 
-    A value is `integer * 2^exponent`. Weights and biases are the tensors of `integers.safetensors`.
+    A value is `integer * 2^exponent`. Weights and biases are the tensors of `integers.safetensors`. `padding` is that on the
+    left, right, top, bottom.
     """
     first = network.nodes[0]
     return {

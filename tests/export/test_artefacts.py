@@ -53,6 +53,66 @@ def test_a_folder_describes_its_integers(tmp_path: Path):
             assert torch.equal(weight.double() * units, model.quantized_layers()[name].quantized_weight().double())
 
 
+def computed_from(folder: Path, images: np.ndarray) -> np.ndarray:
+    """Logits (float64 [B, num_labels]) by numpy from what manifest.json and integers.safetensors say, and nothing else."""
+    described = json.loads((folder / "manifest.json").read_text())
+    tensors = {
+        name: tensor.numpy().astype(np.int64) for name, tensor in load_file(folder / "integers.safetensors").items()
+    }
+    nodes, values = {node["name"]: node for node in described["nodes"]}, {described["input"]["name"]: images}
+    for name, node in nodes.items():
+        (x, *_), op = [values[source] for source in node["inputs"]], node["op"]
+        if op == "Quantize":
+            # Exact in float64, which rounds half to even too.
+            unit = 2.0 ** (nodes[node["inputs"][0]]["exponent"] if node["inputs"][0] in nodes else 0)
+            y = np.rint(x * (unit / 2.0 ** node["exponent"])).clip(*node["range"]).astype(np.int64)
+        elif op == "Layer":
+            exponents, weight = tensors[f"{name}.exponents"], tensors[f"{name}.weight"]
+            if node["kind"] == "linear":
+                y = x @ weight.T
+            else:
+                patches, groups = windows(x, weight.shape[2:], node, 0), node["groups"]
+                parts = zip(np.split(patches, groups, 1), np.split(weight, groups), strict=True)
+                y = np.concatenate([np.einsum("nchwij,ocij->nhwo", *part) for part in parts], -1)
+            y = (y + tensors[f"{name}.bias"]) << (exponents - exponents.min())
+            y = y if node["kind"] == "linear" else y.transpose(0, 3, 1, 2)
+        elif op == "Clip":
+            y = x.clip(*node["bounds"])
+        elif op == "Add":
+            y = sum(values[source] << shift for source, shift in zip(node["inputs"], node["shifts"], strict=True))
+        elif op == "SumPool":
+            y = windows(x, node["kernel"], node, 0).sum((-2, -1))
+        elif op == "MaxPool":
+            y = windows(x, node["kernel"], node, -(2**62)).max((-2, -1))
+        else:
+            assert op == "Flatten", op
+            y = x.reshape(len(x), -1)
+        assert list(y.shape[1:]) == node["shape"]
+        values[name] = y
+    return values[described["output"]["name"]] * 2.0 ** described["output"]["exponent"]
+
+
+def windows(x: np.ndarray, kernel: list[int], node: dict, fill: int) -> np.ndarray:
+    """[B, C, H, W] -> [B, C, H', W', kh, kw]"""
+    left, right, top, bottom = node["padding"]
+    padded = np.pad(x, ((0, 0), (0, 0), (top, bottom), (left, right)), constant_values=fill)
+    views = np.lib.stride_tricks.sliding_window_view(padded, tuple(kernel), (2, 3))
+    return views[:, :, :: node["stride"][0], :: node["stride"][1]]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "size"),
+    # An average over 7 x 7 pixels; a maximum over windows with padding; padding that is not the same on all sides.
+    [("resnet8_cifar", 28), ("test_resnet", 32), ("tf_mobilenetv3_small_minimal_100", 32)],
+)
+def test_a_folder_alone_is_enough_to_compute_the_logits(tmp_path: Path, architecture: str, size: int):
+    model, images = profile_of(architecture, size)
+    export_model(model, tmp_path / "out", [], images)
+    with torch.no_grad():
+        expected = model(images).logits.double().numpy()
+    assert np.array_equal(computed_from(tmp_path / "out", images.double().numpy()), expected)
+
+
 @pytest.mark.skipif(shutil.which("iverilog") is None, reason="no Verilog simulator")
 @pytest.mark.parametrize("bits", [8, 3])
 def test_the_classifier_in_verilog_computes_the_logits(tmp_path: Path, bits: int):
