@@ -42,6 +42,9 @@ from .layers import (
 from .packed_files import PackedFilesMixin, allows_new_layers
 from .strategy import FLOAT_BITS, Strategy
 
+# Images [B, C, H, W] of each batch, or dicts with them as pixel_values; or one batch.
+Batches = Iterable[Tensor | Mapping[str, Tensor]] | Tensor | Mapping[str, Tensor]
+
 
 class SDQForImageClassification(PackedFilesMixin):
     """A timm classifier with a weight and an input quantizer on each conv and linear layer.
@@ -287,13 +290,15 @@ class SDQForImageClassification(PackedFilesMixin):
     # Calibration -------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def calibrate(self, batches: Iterable[Tensor | Mapping[str, Tensor]], num_batches: int = 4) -> None:
-        """Fit every activation step and sign to images `batches` ([B, C, H, W] each, or dicts with pixel_values).
+    def calibrate(self, batches: Batches, num_batches: int = 4) -> None:
+        """Fit every activation step and sign to images: `batches` ([B, C, H, W] each, or dicts with pixel_values), or one.
 
         Layer by layer in the network's order, each seeing the quantized outputs of those before it. Raises `ValueError` for
         data without a batch, or with one that is no images; on any error the steps stay as they were.
         """
         images = torch.cat(list(_first(batches, num_batches))).to(self.device)
+        if not images.isfinite().all():
+            raise ValueError("Images to calibrate with must be finite: some have NaN or infinite values.")
         training = self.training
         with _restored_on_error(self):
             self._forget_steps()
@@ -302,7 +307,7 @@ class SDQForImageClassification(PackedFilesMixin):
 
     def to_hardware_profile(
         self,
-        batches: Iterable[Tensor | Mapping[str, Tensor]],
+        batches: Batches,
         num_batches: int = 4,
         weight_scale: str | None = None,
     ) -> "SDQForImageClassification":
@@ -344,7 +349,7 @@ class SDQForImageClassification(PackedFilesMixin):
         for quantizer in input_quantizers(self.timm_model).values():
             quantizer.set_bits(quantizer.bits)
 
-    def recalibrate_batch_norm(self, batches: Iterable[Tensor | Mapping[str, Tensor]], num_batches: int = 50) -> None:
+    def recalibrate_batch_norm(self, batches: Batches, num_batches: int = 50) -> None:
         """Gather batch-norm statistics anew under the present bits (METHOD 6.3); nothing else changes.
 
         `batches` and errors as in `calibrate`.
@@ -441,16 +446,20 @@ def _check_names(state: Mapping[str, Tensor], expected: Collection[str]) -> None
 def pixels_of(batch: Tensor | Mapping[str, Tensor]) -> Tensor:
     """The images [B, C, H, W] of a batch; `ValueError` for one that has none."""
     images = batch.get("pixel_values") if isinstance(batch, Mapping) else batch
-    if not isinstance(images, Tensor):
+    if not isinstance(images, Tensor) or images.dim() != 4:
         got = f"a mapping with {', '.join(map(repr, batch))}" if isinstance(batch, Mapping) else type(batch).__name__
+        got = f"one of shape {list(images.shape)}" if isinstance(images, Tensor) else got
         raise ValueError(f"A batch must be a tensor [B, C, H, W], or a mapping with one as 'pixel_values'; got {got}.")
     return images
 
 
-def _first(batches: Iterable[Tensor | Mapping[str, Tensor]], num_batches: int) -> Iterator[Tensor]:
-    """The images of each of the first `num_batches`; `ValueError` where there is none."""
+def _first(batches: Batches, num_batches: int) -> Iterator[Tensor]:
+    """The images of each of the first `num_batches`, or of the one that `batches` is; `ValueError` where there is none."""
     if num_batches < 1:
         raise ValueError(f"num_batches must be at least 1, got {num_batches}.")
+    if isinstance(batches, Tensor | Mapping):
+        # One batch, which would be taken apart into its images or its names.
+        batches = [batches]
     batch = None
     for batch in islice(batches, num_batches):
         yield pixels_of(batch)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 
 from sdq_hf import SDQConfig, SDQForImageClassification, Strategy
-from sdq_hf.layers import apply_strategy
+from sdq_hf.layers import apply_strategy, input_quantizers
 from sdq_hf.quantizers import FORMS, GRIDS
 from sdq_hf.quantizers.positive import floors
 
@@ -274,6 +274,7 @@ def test_a_failed_calibration_changes_nothing(call, training):
         (([x], 0), ValueError, "num_batches must be at least 1, got 0"),
         (([x, {"images": x}],), ValueError, r"'pixel_values'; got a mapping with 'images'"),
         (([[x, torch.zeros(4)]],), ValueError, "got list"),
+        ((x[0],), ValueError, r"\[B, C, H, W\].*got one of shape \[3, 32, 32\]"),
         (([x[:, :1]],), RuntimeError, "channels"),
         ((interrupted(),), KeyboardInterrupt, "stopped"),
     ]
@@ -283,6 +284,26 @@ def test_a_failed_calibration_changes_nothing(call, training):
         state, modules, least = snapshot(model)
         assert (modules, least) == before[1:]
         assert all(torch.equal(state[name], tensor) for name, tensor in before[0].items())
+
+
+def test_one_batch_calibrates_as_a_list_of_it_does():
+    x, steps = images(5), []
+    for batches in ([x], x, {"pixel_values": x}):
+        model = create()
+        model.calibrate(batches)
+        steps.append(torch.stack([quantizer.step for quantizer in input_quantizers(model).values()]))
+    assert steps[0].all()
+    assert torch.equal(steps[0], steps[1])
+    assert torch.equal(steps[0], steps[2])
+
+
+def test_images_that_are_not_finite_calibrate_nothing():
+    model, x = create(), images(5)
+    before = snapshot(model)[0]
+    x[3, 1, 2, 2] = float("nan")
+    with pytest.raises(ValueError, match="must be finite"):
+        model.calibrate([x])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_saving_before_calibration_names_the_layer(tmp_path):
