@@ -137,17 +137,22 @@ def with_one_weight_changed(network: IntegerNetwork, images: Tensor) -> tuple[In
     """A negative control: a copy with the sign of one weight changed, and the name of that weight's layer.
 
     It is the largest weight of the first layer, from the middle of the network on, where the change shows in the logits of
-    at least half of the first `images`; further in front it may vanish in the rounding behind it.
+    at least half of the first `images`; further in front it may vanish in the rounding behind it. Of a linear layer it may be
+    the one that counts in the most images too: the first of many equal ones, say, may stand at an input that is always zero.
     """
     images = images[:CONTROLLED]
     reference, layers = network.logits(images), list(network.layers.values())
     for layer in layers[len(layers) // 2 :]:
-        weight = layer.weight.clone()
-        weight.view(-1)[int(weight.abs().argmax())] *= -1
-        changed = replace(layer, weight=weight)
-        copy = replace(network, nodes=tuple(changed if node is layer else node for node in network.nodes))
-        if 2 * int((copy.logits(images) != reference).any(dim=1).sum()) >= len(images):
-            return copy, layer.name
+        sizes = [layer.weight.abs()]
+        if layer.is_linear:
+            sizes.append(sizes[0] * (network.integers_of(layer.inputs[0], images) != 0).sum(0))
+        for size in sizes:
+            weight = layer.weight.clone()
+            weight.view(-1)[int(size.argmax())] *= -1
+            changed = replace(layer, weight=weight)
+            copy = replace(network, nodes=tuple(changed if node is layer else node for node in network.nodes))
+            if 2 * int((copy.logits(images) != reference).any(dim=1).sum()) >= len(images):
+                return copy, layer.name
     raise ExportError(
         "No single weight shows in the logits of half of the images: are they images, and is this a trained model?"
     )

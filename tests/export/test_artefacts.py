@@ -21,7 +21,7 @@ from sdq_hf.export.lower import ExportError, integer_network
 from sdq_hf.export.verify import made_images
 from sdq_hf.search import search
 
-from ..test_hardware_profile import trained_looks
+from ..test_hardware_profile import model_of, trained_looks
 from .test_lower import profile_of
 
 
@@ -188,6 +188,18 @@ def test_an_export_that_compares_nothing_fails(tmp_path: Path, monkeypatch: pyte
     )
     with pytest.raises(VerificationError, match="control"):
         export_model(model, tmp_path / "out", ["control"], images)
+
+
+def test_a_network_of_one_bit_has_a_control(tmp_path: Path):
+    """Its weights are all as large, and the first of the classifier stands at an input that is always zero."""
+    model, images = model_of(first_last_bits=1, activation_bits=1)
+    model.set_strategy(1)
+    model = model.to_hardware_profile([images]).eval()
+    network = integer_network(model)
+    inputs = network.integers_of("fc.input", images)
+    assert not inputs[:, 0].any()
+    report = export_model(model, tmp_path / "out", [], images)
+    assert all(c["differ_from_control"] >= 4 for c in report["comparisons"] if c["images"] == "real")
 
 
 @pytest.mark.parametrize("exact", [True, False])
@@ -361,8 +373,6 @@ def test_the_command_exports_and_says_so(tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_the_command_refuses_a_model_that_is_not_in_the_profile(tmp_path: Path, capsys: pytest.CaptureFixture):
-    from ..test_hardware_profile import model_of
-
     model, _ = model_of("resnet8_cifar", 28)
     model.save_pretrained(tmp_path / "model", print_size=False)
     assert main(["export", str(tmp_path / "model"), "--output", str(tmp_path / "out"), "--to", "qonnx"]) == 2
