@@ -157,7 +157,8 @@ def create_backbone(architecture: str, *, pretrained_path: str | os.PathLike | N
     try:
         return timm.create_model(architecture, **kwargs)
     except Exception as error:  # each family of networks refuses wrong arguments in a way of its own
-        raise ValueError(f"timm cannot make {architecture!r} with {short(kwargs)}: {error}") from error
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"timm cannot make {architecture!r} with {short(kwargs)}: {reason}") from error
 
 
 def sized(architecture: str, model_args: Mapping[str, Any], img_size: int | None) -> dict[str, Any]:
