@@ -51,8 +51,8 @@ def main() -> None:
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     model = SDQForImageClassification.from_pretrained(folder).eval()
     images, labels, calibration, classes = real_images(model, options.dataset, count=options.images)
-    if classes != model.config.num_labels:
-        raise SystemExit(f"{folder}: the data has {classes} classes, the model {model.config.num_labels}.")
+    if len(classes) != model.config.num_labels:
+        raise SystemExit(f"{folder}: the data has {len(classes)} classes, the model {model.config.num_labels}.")
     report = export_model(model, options.folder / folder.name, options.to, images, labels, calibration, say=print)
     network, profile = integer_network(model), folder / "hardware.json"
     return {

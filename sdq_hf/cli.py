@@ -12,6 +12,7 @@ import transformers
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 from transformers import AutoConfig
 
 from .checkpoint import DIGEST
@@ -201,7 +202,9 @@ def _export(options: argparse.Namespace) -> int:
     from .export.artefacts import check_targets, export_model
     from .export.hls import HLSOptions
     from .export.images import real_images
+    from .images import DataError
     from .modeling_sdq import SDQForImageClassification
+    from .training.data import check_labels
 
     check_targets(options.to)
     hls = HLSOptions(options.reuse_factor, options.strategy, options.part, options.clock_period)
@@ -215,9 +218,12 @@ def _export(options: argparse.Namespace) -> int:
     model = SDQForImageClassification.from_pretrained(name, revision=revision).eval()
     datasets.disable_progress_bars()
     images, labels, calibration, classes = real_images(model, options.dataset, options.data_dir, options.images)
-    known = labels if classes == model.config.num_labels else None
-    if known is None:
-        print(f"The data has {classes} classes, the model {model.config.num_labels}: no accuracy.")
+    known: Tensor | None = labels
+    try:
+        check_labels(classes, model.config.id2label)
+    except DataError as error:
+        print(f"No accuracy: {error}")
+        known = None
     report = export_model(model, options.output, options.to, images, known, calibration, options.verify, print, hls)
     print(f"Exported {', '.join(options.to)} to {options.output}" + ("" if report["verified"] else ", not verified"))
     return 0

@@ -248,8 +248,9 @@ def _check_images(images: Tensor, labels: Tensor | None, size: tuple[int, int, i
         )
     if not images.isfinite().all():
         raise ExportError("images must be finite: some have NaN or infinite values.")
-    if labels is not None and len(labels) != len(images):
-        raise ExportError(f"labels must be one for each of the {len(images)} images, got {len(labels)}.")
+    got = list(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
+    if labels is not None and got != shape[:1]:
+        raise ExportError(f"labels must be a tensor with one for each of the {len(images)} images, got {got}.")
 
 
 def _export(

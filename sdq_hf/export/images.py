@@ -1,5 +1,6 @@
 """The real images that exports are compared on."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,12 +13,12 @@ from ..training.loaders import build_loaders
 
 class RealImages(NamedTuple):
     """Of the test split: images (float32 [B, C, H, W]) and labels (int64 [B]); a batch of training images for calibration;
-    the number of classes that the data has."""
+    the names of the classes that the data has, in their order."""
 
     images: Tensor
     labels: Tensor
     calibration: Tensor
-    classes: int
+    classes: Sequence[str]
 
 
 def real_images(
@@ -28,4 +29,4 @@ def real_images(
     loaders = build_loaders(data, model.config.pretrained_cfg or {}, aug="none")
     images, labels = (torch.cat([batch[key] for batch in loaders["test"]]) for key in ("pixel_values", "labels"))
     calibration = next(iter(loaders["calibration"]))["pixel_values"]
-    return RealImages(images, labels, calibration, len(data.label_names))
+    return RealImages(images, labels, calibration, data.label_names)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from sdq_hf import SDQForImageClassification
@@ -232,8 +233,10 @@ def test_images_that_are_none_are_refused(tmp_path: Path):
     ):
         with pytest.raises(ExportError, match=message):
             export_model(model, tmp_path / "out", [], wrong)
-    with pytest.raises(ExportError, match="one for each of the 8 images, got 3"):
-        export_model(model, tmp_path / "out", [], images, torch.zeros(3))
+    # Of shape [8, 1] they would be compared with each image's guess, all with all.
+    for labels, got in ((torch.zeros(3), r"\[3\]"), (torch.zeros(8, 1), r"\[8, 1\]"), ([0] * 8, "list")):
+        with pytest.raises(ExportError, match=f"one for each of the 8 images, got {got}"):
+            export_model(model, tmp_path / "out", [], images, labels)
 
 
 def test_made_images_reach_both_ends_and_every_tie():
@@ -362,7 +365,7 @@ def test_the_command_exports_and_says_so(tmp_path: Path, capsys: pytest.CaptureF
     assert main([*command, "--to", "qonnx"]) == 0
     out = capsys.readouterr().out
     assert "qonnx: 2 real images, equal" in out
-    assert "The data has 10 classes, the model 5: no accuracy" in out
+    assert "No accuracy: The data has 10 classes, the model 5" in out
     assert ", accuracy" not in out
     assert (tmp_path / "out" / "model.qonnx.onnx").exists()
     assert main([*command, "--to", "qonx"]) == 2
@@ -370,6 +373,25 @@ def test_the_command_exports_and_says_so(tmp_path: Path, capsys: pytest.CaptureF
     command[1] += "@w2"
     assert main([*command, "--to", "qonnx"]) == 2
     assert "is a folder, which has no revision 'w2'" in capsys.readouterr().err
+
+
+def test_the_command_tells_no_accuracy_on_other_classes(tmp_path: Path, capsys: pytest.CaptureFixture):
+    """Of which there may be as many."""
+    pytest.importorskip("onnxruntime")
+    model, _ = profile_of("resnet8_cifar", 28)
+    names, generator = ["ant", "bee", "cat", "dog", "elk"], np.random.default_rng(0)
+    for path in [tmp_path / "data" / split / name for split in ("train", "validation", "test") for name in names]:
+        path.mkdir(parents=True)
+        Image.fromarray(generator.integers(0, 256, (28, 28, 3), dtype=np.uint8)).save(path / "0.png")
+    for folder, classes in (("same", names), ("other", names[::-1])):
+        model.config.id2label = dict(enumerate(classes))
+        model.save_pretrained(tmp_path / folder, print_size=False)
+        command = ["export", str(tmp_path / folder), "--output", str(tmp_path / f"of {folder}"), "--to", "onnx"]
+        assert main([*command, "--dataset", str(tmp_path / "data")]) == 0
+        assert ("No accuracy: Class 0 is 'ant' in the data and 'elk'" in capsys.readouterr().out) == (folder == "other")
+        report = json.loads((tmp_path / f"of {folder}" / "verification.json").read_text())
+        known = {c["accuracy"] is not None for c in report["comparisons"] if c["images"] == "real"}
+        assert known == {folder == "same"}
 
 
 def test_the_command_refuses_a_model_that_is_not_in_the_profile(tmp_path: Path, capsys: pytest.CaptureFixture):
