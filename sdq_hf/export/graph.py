@@ -247,7 +247,7 @@ def shift_half_even(x: Tensor, shift: int) -> Tensor:
 class IntegerNetwork:
     """The nodes in the order of their computation; the last one gives the logits.
 
-    `from_model` (sdq_hf.export.lower) makes one of a model in the hardware profile.
+    `integer_network` (sdq_hf.export.lower) makes one of a model in the hardware profile.
     """
 
     nodes: tuple[Node, ...]

@@ -43,7 +43,7 @@ def cost_report(
     None: LUTs where it or its input stays float, as the unit computes with integers. `total` says how many layers lack it.
 
     Args:
-        accumulator_bits: layer -> bits, as `verilog.accumulator_bits` finds them from its weights.
+        accumulator_bits: layer -> bits, as `Layer.sum_width` of an integer network, which holds the sum at any moment.
         memory: what `zigzag.memory_model` gives.
 
     Raises `ValueError` that names a layer that the network does not have.
