@@ -285,7 +285,8 @@ def _export(
     write_json(beside / "verification.json", report)
     files = {path.relative_to(beside).as_posix(): path for path in sorted(beside.rglob("*")) if path.is_file()}
     facts = {target: dict(export.facts) for target, export in written.items()}
-    write_json(beside / "manifest.json", manifest(network, model.strategy, files, facts))
+    described = manifest(network, model.strategy, files, facts, model.config.pretrained_cfg or {})
+    write_json(beside / "manifest.json", described)
     replace_folder(beside, folder)
     return report
 

@@ -20,10 +20,11 @@ def manifest(
     strategy: Strategy,
     files: Mapping[str, Path],
     targets: Mapping[str, Mapping[str, Any]],
+    normalisation: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Everything that defines the integers of `network`, as plain values; `files` by the names they go by, with their sha256.
 
-    targets: what was exported -> what it was written with.
+    targets: what was exported -> what it was written with. normalisation: `mean` and `std` of each channel of the images.
 
     A value is `integer * 2^exponent`. Weights and biases are the tensors of `integers.safetensors`. `padding` is that on the
     left, right, top, bottom.
@@ -36,7 +37,10 @@ def manifest(
         "input": {
             "name": IMAGE,
             "shape": list(network.input_size),
-            "meaning": "the normalised image (float32) as the image processor gives it; the first node makes integers of it",
+            "meaning": "the normalised image (float32) as the image processor gives it, (pixel / 255 - mean) / std; the "
+            "first node makes integers of it",
+            "mean": normalisation.get("mean"),
+            "std": normalisation.get("std"),
             "first_node": first.name,
         },
         "output": {

@@ -20,6 +20,7 @@ from sdq_hf.export.artefacts import VerificationError, Written, export_model
 from sdq_hf.export.graph import Layer
 from sdq_hf.export.lower import ExportError, integer_network
 from sdq_hf.export.verify import made_images
+from sdq_hf.image_processing_sdq import SDQImageProcessor
 from sdq_hf.search import search
 
 from ..test_hardware_profile import model_of, trained_looks
@@ -52,6 +53,16 @@ def test_a_folder_describes_its_integers(tmp_path: Path):
         units = 2.0 ** tensors[f"{name}.exponents"].double().view(-1, *[1] * (weight.dim() - 1))
         with torch.no_grad():
             assert torch.equal(weight.double() * units, model.quantized_layers()[name].quantized_weight().double())
+
+
+def test_a_folder_says_what_becomes_of_pixels(tmp_path: Path):
+    model, images = profile_of()
+    export_model(model, tmp_path / "out", [], images)
+    given = json.loads((tmp_path / "out" / "manifest.json").read_text())["input"]
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    taken = SDQImageProcessor(model.config.pretrained_cfg)(Image.fromarray(pixels))["pixel_values"][0]
+    expected = (pixels / 255 - given["mean"]) / given["std"]
+    np.testing.assert_allclose(taken.numpy(), expected.transpose(2, 0, 1), atol=1e-5)
 
 
 def computed_from(folder: Path, images: np.ndarray) -> np.ndarray:
