@@ -31,6 +31,9 @@ from .optional import needed
 from .report import cost_report, report_text
 from .verify import REAL, Comparison, Runner, cases, compare, simulation, with_one_weight_changed
 
+# Products that iverilog computes of one export, in about a minute.
+_SIMULATED = 2**23
+
 
 class VerificationError(ExportError):
     """An export that does not compute the integers."""
@@ -158,7 +161,7 @@ def _simulated(
             copy = Path(shutil.copytree(path, Path(scratch) / "verilog"))
             return simulate(copy, inputs.numpy()) * 2.0 ** np.array(exponents)
 
-    return Written(run, most_images=1000)
+    return Written(run, most_images=min(1000, max(1, _SIMULATED // head.weight.numel())))
 
 
 def _hls4ml(network: IntegerNetwork, folder: Path, settings: Settings) -> Written:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -135,6 +136,21 @@ def test_the_classifier_in_verilog_computes_the_logits(tmp_path: Path, bits: int
     assert found[0]["differ_from_control"] > 0
     names = {path.name for path in (tmp_path / "out" / "verilog").iterdir()}
     assert names == {"head.v", "dense.v", "dot.v", "weights.hex", "biases.hex", "dense.json", "outputs.json"}
+
+
+def test_a_large_classifier_is_simulated_on_fewer_images(tmp_path: Path):
+    """The 512 x 1,000 weights of a ResNet-18 take seconds for each, and a simulation has ten minutes."""
+    settings = artefacts.Settings(torch.empty(0), artefacts.HLSOptions())
+    network = integer_network(profile_of()[0])
+    most = {}
+    for outputs, inputs in ((5, 64), (1000, 512)):
+        classifier = replace(
+            network.output, weight=torch.ones(outputs, inputs).long(), bias=None, exponents=(0,) * outputs
+        )
+        large = replace(network, nodes=(*network.nodes[:-1], classifier))
+        most[outputs] = artefacts.TARGETS["verilog"](large, tmp_path / str(outputs), settings).most_images
+    assert most[5] == 1000
+    assert 6 <= most[1000] <= 40
 
 
 def test_bits_of_2_4_and_8_go_from_the_search_to_an_export(tmp_path: Path):
