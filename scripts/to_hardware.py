@@ -24,7 +24,7 @@ from torch import nn
 
 from sdq_hf import SDQForImageClassification
 from sdq_hf.backbones import create_backbone
-from sdq_hf.cli import name_and_revision
+from sdq_hf.cli import from_folder_or_hub
 from sdq_hf.export.lower import integer_network
 from sdq_hf.training.arguments import ArgumentError, DataArguments, parse_groups
 from sdq_hf.training.data import check_labels
@@ -76,14 +76,13 @@ def run(options: HardwareArguments, data: DataArguments, training: OptimizerArgu
     accelerator = Accelerator(cpu=options.cpu)
     if Path(options.output_dir).resolve() == Path(options.model).resolve():
         raise ValueError(f"--output_dir {options.output_dir} is the folder of the model itself: choose another one.")
-    name, revision = name_and_revision(options.model)
     checkpoints = Path(options.output_dir) / "training"
     for path in sorted(checkpoints.glob("*")):
         if not path.name.startswith(("checkpoint", "best.safetensors")):
             raise ValueError(
                 f"{path} is no checkpoint, and {checkpoints} is removed in the end: choose another --output_dir."
             )
-    model = SDQForImageClassification.from_pretrained(name, revision=revision).eval().to(accelerator.device)
+    model = from_folder_or_hub(SDQForImageClassification, options.model).eval().to(accelerator.device)
     loaders = load(model, options, data, accelerator)
     teacher: nn.Module = model
     if options.teacher:

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import transformers
 from huggingface_hub import HfApi
@@ -214,8 +215,7 @@ def _export(options: argparse.Namespace) -> int:
         )
     if options.images < 1:
         raise ValueError(f"--images must be at least 1, got {options.images}.")
-    name, revision = name_and_revision(options.model)
-    model = SDQForImageClassification.from_pretrained(name, revision=revision).eval()
+    model = from_folder_or_hub(SDQForImageClassification, options.model).eval()
     datasets.disable_progress_bars()
     images, labels, calibration, classes = real_images(model, options.dataset, options.data_dir, options.images)
     known: Tensor | None = labels
@@ -245,9 +245,19 @@ def name_and_revision(model: str) -> tuple[str, str | None]:
     return name, revision or None
 
 
-def _config(model: str) -> SDQConfig:
+def from_folder_or_hub(cls: Any, model: str) -> Any:
+    """`cls.from_pretrained` of a folder, a Hub id, or `ID@REVISION`; an error says where there is no such folder."""
     name, revision = name_and_revision(model)
-    config = AutoConfig.from_pretrained(name, revision=revision)
+    try:
+        return cls.from_pretrained(name, revision=revision)
+    except (OSError, ValueError) as error:
+        if os.path.isdir(name):
+            raise
+        raise ValueError(f"There is no folder {name!r}, and as a Hub id: {error}") from error
+
+
+def _config(model: str) -> SDQConfig:
+    config = from_folder_or_hub(AutoConfig, model)
     if not isinstance(config, SDQConfig):
         raise ValueError(f"{model} is a model of type {config.model_type!r}, not 'sdq'.")
     return config

@@ -60,14 +60,17 @@ def test_push_info_and_diff_with_the_hub(folders, capsys, monkeypatch, tmp_path)
         # Neither has downloaded weights.
         assert list((tmp_path / "hub").rglob("config.json"))
         assert not list((tmp_path / "hub").rglob("*.safetensors"))
+        capsys.readouterr()
         assert main(["info", "org-user/nowhere"]) == 2
+        assert "There is no folder 'org-user/nowhere', and as a Hub id: " in capsys.readouterr().err
         assert main(["info", "org-user/net@nowhere"]) == 2
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["info", "/nowhere/at/all"], "/nowhere/at/all"),
+        (["info", "/nowhere/at/all"], "There is no folder '/nowhere/at/all', and as a Hub id: "),
+        (["export", "/nowhere/at/all", "--to", "onnx", "--output", "out"], "There is no folder '/nowhere/at/all', and"),
         (["push", "/nowhere/at/all", "org/name"], "no folder"),
         (["diff", "{a}", "/nowhere"], "/nowhere"),
     ],
