@@ -297,6 +297,8 @@ class SDQForImageClassification(PackedFilesMixin):
         data without a batch, or with one that is no images; on any error the steps stay as they were.
         """
         images = torch.cat(list(_first(batches, num_batches))).to(self.device)
+        if images.dim() != 4:
+            raise ValueError(f"Images to calibrate with must be [B, C, H, W], got {images.dim()} dimensions.")
         if not images.isfinite().all():
             raise ValueError("Images to calibrate with must be finite: some have NaN or infinite values.")
         training = self.training
@@ -446,9 +448,8 @@ def _check_names(state: Mapping[str, Tensor], expected: Collection[str]) -> None
 def pixels_of(batch: Tensor | Mapping[str, Tensor]) -> Tensor:
     """The images [B, C, H, W] of a batch; `ValueError` for one that has none."""
     images = batch.get("pixel_values") if isinstance(batch, Mapping) else batch
-    if not isinstance(images, Tensor) or images.dim() != 4:
+    if not isinstance(images, Tensor):
         got = f"a mapping with {', '.join(map(repr, batch))}" if isinstance(batch, Mapping) else type(batch).__name__
-        got = f"one of shape {list(images.shape)}" if isinstance(images, Tensor) else got
         raise ValueError(f"A batch must be a tensor [B, C, H, W], or a mapping with one as 'pixel_values'; got {got}.")
     return images
 
