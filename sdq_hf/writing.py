@@ -54,7 +54,11 @@ def write_beside(path: str | Path, write: Callable[[Path], Any]) -> None:
     beside = path.with_name(path.name + ".new")
     with writing(beside):
         path.parent.mkdir(parents=True, exist_ok=True)
+        # Open to those that files are open to here: safetensors closes its own to others.
+        beside.touch()
+        mode = beside.stat().st_mode
         write(beside)
+        beside.chmod(mode)
         # Without this a name may outlive a power cut that its contents do not.
         with beside.open("rb+") as file:
             os.fsync(file.fileno())

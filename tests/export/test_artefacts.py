@@ -359,11 +359,16 @@ def test_an_export_that_cannot_be_put_in_its_place_leaves_the_earlier_one(
 
 
 def test_a_folder_is_open_to_those_that_folders_are_open_to(tmp_path: Path):
-    """Not like a temporary one."""
+    """Not like a temporary one. So are its files, those that safetensors writes too."""
     model, images = profile_of()
     export_model(model, tmp_path / "out", [], images)
     (tmp_path / "plain").mkdir()
+    (tmp_path / "plain" / "file").touch()
     assert (tmp_path / "out").stat().st_mode == (tmp_path / "plain").stat().st_mode
+    mode = (tmp_path / "plain" / "file").stat().st_mode
+    modes = {path.name: path.stat().st_mode for path in (tmp_path / "out").iterdir()}
+    assert "integers.safetensors" in modes
+    assert set(modes.values()) == {mode}
 
 
 def test_a_folder_may_be_a_link_or_the_present_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
