@@ -166,13 +166,19 @@ class Training:
         if self.optimizer is None:
             return self._check(loss, finite)
         used = [parameter for parameter in self.parameters if parameter.grad is not None]
-        flat = torch.cat([cast(Tensor, parameter.grad).reshape(-1) for parameter in used]) / self.scale
-        flat = cast(Tensor, self.accelerator.reduce(flat, reduction="mean"))
-        if not self._check(loss, finite and bool(flat.isfinite().all())):
+        gradients = [cast(Tensor, parameter.grad) for parameter in used]
+        if self.accelerator.num_processes > 1:
+            # All in one message.
+            flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+            flat = cast(Tensor, self.accelerator.reduce(flat, reduction="mean"))
+            for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+                gradient.copy_(mean.view(gradient.shape))
+        if self.scale != 1:
+            for gradient in gradients:
+                gradient.div_(self.scale)
+        if not self._check(loss, finite and bool(torch.stack([g.isfinite().all() for g in gradients]).all())):
             self.optimizer.zero_grad()
             return False
-        for parameter, grad in zip(used, flat.split([p.numel() for p in used]), strict=True):
-            parameter.grad = grad.view(parameter.shape)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return True

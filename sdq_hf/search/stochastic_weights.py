@@ -1,10 +1,12 @@
 """A model whose weights are drawn at one of two adjacent bitwidths, or halfway between them, batch by batch."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..layers import QuantizedLayer, quantized_layers
 from ..modeling_sdq import SDQForImageClassification
@@ -41,6 +43,9 @@ class _Pair:
         return weight_at(self._layer, self._bits[side], self.scales[side])
 
     def weight(self, weight: Tensor) -> Tensor:
+        return _recomputed(self._drawn)
+
+    def _drawn(self) -> Tensor:
         if len(self._bits) == 1:
             return self._quantize(0)
         # What is not used takes no gradient.
@@ -75,9 +80,17 @@ class _Channels:
         return weight_at(self._layer, bits, self.scales.gather(0, rows[None])[0])
 
     def weight(self, weight: Tensor) -> Tensor:
+        return _recomputed(self._drawn)
+
+    def _drawn(self) -> Tensor:
         upper, lower = self._quantize(0), self._quantize(1)
-        share = self.share.view(-1, *[1] * (weight.dim() - 1))
+        share = self.share.view(-1, *[1] * (upper.dim() - 1))
         return stochastic_choice(self.gate, torch.lerp(lower, upper, share), (upper - lower).detach())
+
+
+def _recomputed(drawn: Callable[[], Tensor]) -> Tensor:
+    """`drawn()`, which the backward pass computes again: what it would keep is several times the layer's weights."""
+    return cast(Tensor, checkpoint(drawn, use_reentrant=False, preserve_rng_state=False))
 
 
 class StochasticWeights:

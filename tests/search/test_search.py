@@ -9,11 +9,13 @@ import timm
 import torch
 from accelerate import Accelerator
 
+from sdq_hf import SDQForImageClassification
 from sdq_hf.costs import COSTS
 from sdq_hf.quantizers.weight import best_scale, fake_quantize
 from sdq_hf.search import BudgetError, SearchLog, search
 from sdq_hf.search.descent import Descent
 from sdq_hf.search.stochastic_weights import StochasticWeights
+from sdq_hf.search.units import units_of
 from sdq_hf.search.updates import RunningMean, TwoSided
 from tests.planted import Images, planted_network
 from tests.search.descents import descent
@@ -260,6 +262,22 @@ def test_weights_halfway_are_the_mean_and_train_through_both(planted):
     torch.testing.assert_close(layer.weight.grad, grad * inside)
     gate = dict(zip(way.names, weights.gradients().tolist(), strict=True))[name]
     assert gate == pytest.approx((grad * (sides[0] - sides[1])).sum().item(), rel=1e-4)
+    weights.clear()
+
+
+@pytest.mark.parametrize("granularity", ["layer", "kernel"])
+def test_the_backward_pass_is_left_one_copy_of_a_layers_weights(granularity):
+    model = SDQForImageClassification.from_timm("resnet8_cifar", num_labels=10, granularity=granularity)
+    layer, images = model.quantized_layers()["layer2.0.conv1"], Images().batches[0]["pixel_values"][:4]
+    model.calibrate([images])
+    units = units_of(model.timm_model, model.strategy, granularity)
+    way = Descent(model.strategy, COSTS["bits"], [2.0], model.config.candidates, start_bits=3, units=units)
+    weights, kept = StochasticWeights(model, way, trained=True), []
+    weights.start()
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        model(images)
+    copies = {x.data_ptr() for x in kept if x.shape == layer.weight.shape} - {layer.weight.data_ptr()}
+    assert len(copies) == 1
     weights.clear()
 
 
