@@ -73,15 +73,15 @@ class _RoundToGrid(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, grid: str, bits: int) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.extremes = extremes(grid, bits)
+        if ctx.needs_input_grad[0]:
+            low, high = extremes(grid, bits)
+            ctx.save_for_backward((x >= low) & (x <= high))
         return round_to_grid(x, grid, bits)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        (x,) = ctx.saved_tensors
-        low, high = ctx.extremes
-        return grad * ((x >= low) & (x <= high)), None, None
+        (inside,) = ctx.saved_tensors
+        return grad * inside, None, None
 
 
 def fake_quantize(w: Tensor, form: str, grid: str, bits: int, scale: Tensor) -> Tensor:
