@@ -30,7 +30,7 @@ _MODEL_HELP = "Folder of a saved model, or Hub id; a revision may follow after @
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; gives the exit code: 0, or 2 after one line that says what is wrong."""
+    """Run the command; gives the exit code: 0, 2 after one line that says what is wrong, or 130 after Ctrl-C."""
     options = _parser().parse_args(argv)
     # What they would say while they load and retry is said in the one line at the end.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
@@ -40,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, RuntimeError, ArithmeticError, KeyError) as error:
         print(f"sdq-hf: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("sdq-hf: stopped", file=sys.stderr)
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:

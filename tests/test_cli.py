@@ -2,8 +2,11 @@
 
 import json
 import shutil
+import signal
+import threading
 
 import pytest
+import torch
 
 from sdq_hf.cli import main
 from tests.hub_server import HubServer, patch_client
@@ -105,3 +108,13 @@ def test_help_teaches(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["inof"])
     assert stop.value.code == 2
+
+
+def test_ctrl_c_ends_an_export_in_one_line_and_leaves_nothing(tmp_path, capsys):
+    model = create("resnet8_cifar").to_hardware_profile(torch.rand(4, 3, 32, 32))
+    model.save_pretrained(tmp_path / "model", print_size=False)
+    threading.Timer(0.5, signal.raise_signal, [signal.SIGINT]).start()
+    output = str(tmp_path / "out")
+    assert main(["export", str(tmp_path / "model"), "--to", "onnx", "--images", "2000", "--output", output]) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "sdq-hf: stopped"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
