@@ -3,10 +3,11 @@
     python scripts/study_stability.py --dataset ../shared/data/fashion-mnist --epochs 2 --seeds 0 \
         --out docs/results/stability-mobilenetv1_025_cifar.json
 
-On the float network of each seed the search is run with other draws (`--search_seeds`), and with each of its options a third
-and three times its default. Each strategy is fine-tuned, and judged on the validation split: the test split chooses no
-default. Agreement is Spearman's correlation between the bits of two searches, mean over pairs; what cost alone explains is
-taken out in a second number (partial correlation, given the rank of the layer's cost of a bit).
+On the float network of each seed the search is run with other draws (`--search_seeds`), with each of its options a third
+and three times its default, and with other draws and several times the images ("thorough"). Each strategy is fine-tuned, and
+judged on the validation split: the test split chooses no default. Agreement is Spearman's correlation between the bits of two
+searches, mean over pairs; what cost alone explains is taken out in a second number (partial correlation, given the rank of
+the layer's cost of a bit).
 
 With the same draws, the strategies that one descent leaves at several budgets are compared with those of a search for each.
 """
@@ -35,6 +36,10 @@ OPTIONS: dict[str, tuple[float, ...]] = {
     "weight_lr": (1e-4, 9e-4),
     "batch_size": (21, 192),
 }
+# Three times the draws of three times the images.
+THOROUGH = {"min_draws": 9, "max_draws": 39, "batch_size": 192}
+# Options of which searches with other draws are compared.
+DRAWN = ("default", "thorough")
 
 
 def main() -> None:
@@ -54,6 +59,7 @@ def cells(options: argparse.Namespace) -> Iterator[Cell]:
     for seed in options.seeds:
         rows = [("default", 0.0, search_seed) for search_seed in options.search_seeds]
         rows += [(option, value, options.search_seeds[0]) for option in options.options for value in OPTIONS[option]]
+        rows += [("thorough", 0.0, search_seed) for search_seed in options.search_seeds]
         rows.append(("budgets", 0.0, options.search_seeds[0]))
         for row in rows:
             yield dict(zip(FIELDS, (seed, *row, options.activation_bits), strict=True))
@@ -63,8 +69,9 @@ def measure(options: argparse.Namespace, run: Run, cell: Mapping[str, Any]) -> C
     option, value, search_seed = cell["option"], cell["value"], cell["search_seed"]
     if option == "budgets":
         return one_descent(options, run, search_seed)
-    given: dict[str, Any] = {} if option in ("default", "batch_size") else {option: value}
-    batch_size = int(value) if option == "batch_size" else options.search_batch_size
+    given: dict[str, Any] = {"default": {}, "thorough": THOROUGH}.get(option, {option: value})
+    given = {"batch_size": options.search_batch_size, **given}
+    batch_size = int(given.pop("batch_size"))
     log, budget = SearchLog(), get_cost("bitops").of_uniform(run.base.strategy, options.target_bitops)
     data = run.loaders(batch_size)["train"]
     (strategy,) = search(
@@ -123,17 +130,18 @@ def table(cells: list[Cell]) -> str:
         )
         bits = statistics.fmean(c["average_bits"] for c in members)
         images = statistics.fmean(c["search_images"] for c in members)
-        label = "default, other draws" if option == "default" else f"{option} {value:g}"
+        label = f"{option}, other draws" if option in DRAWN else f"{option} {value:g}"
         lines.append(f"| {label} | {kl} | {top1} | {bits:.2f} | {images:,.0f} | {len(members)} |")
     for seed in sorted({cell["seed"] for cell in cells}):
-        draws = [c for c in cells if c["seed"] == seed and c["option"] == "default"]
-        if len(draws) > 1:
-            plain, partial = agreement([c["bits"] for c in draws], draws[0]["macs"])
-            lines += [
-                "",
-                f"Float network {seed}: agreement of {len(draws)} searches with other draws {plain:.2f}, given cost "
-                f"{partial:.2f}.",
-            ]
+        for option in DRAWN:
+            draws = [c for c in cells if c["seed"] == seed and c["option"] == option]
+            if len(draws) > 1:
+                plain, partial = agreement([c["bits"] for c in draws], draws[0]["macs"])
+                lines += [
+                    "",
+                    f"Float network {seed}, {option}: agreement of {len(draws)} searches with other draws {plain:.2f}, "
+                    f"given cost {partial:.2f}.",
+                ]
     for cell in cells:
         if cell["option"] == "budgets":
             same = sum(a == b for a, b in zip(cell["bits_of"]["one"], cell["bits_of"]["separate"], strict=True))
