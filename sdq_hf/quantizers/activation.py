@@ -66,7 +66,11 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 def _fake_quantize(x: Tensor, step: Tensor, low: int, high: int) -> Tensor:
     if x.device.type == "cpu":
         # torch's own kernel below gives the same numbers, and takes eight times as long on a CPU: it is not vectorized.
-        return torch.mul(x, 1 / step).round_().clamp_(low, high).mul_(step)
+        y = torch.mul(x, 1 / step)
+        if torch.compiler.is_compiling():
+            # In graphs of torch 2.11 nothing flows back through what was changed in place.
+            return y.round().clamp(low, high) * step
+        return y.round_().clamp_(low, high).mul_(step)
     zero = torch.zeros((), dtype=torch.int32, device=x.device)
     return torch.fake_quantize_per_tensor_affine(x, step, zero, low, high)
 
