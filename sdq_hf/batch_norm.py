@@ -37,6 +37,10 @@ class ShiftAvgPool2d(nn.Module):
     def extra_repr(self) -> str:
         return f"size={self.size}, shift={self.shift}"
 
+    def is_identity(self) -> bool:
+        """As of timm's average, which LowFormer asks in its forward."""
+        return False
+
     def forward(self, x: Tensor) -> Tensor:
         if tuple(x.shape[-2:]) != self.size:
             raise ValueError(
@@ -94,22 +98,31 @@ def fold_batch_norm(network: nn.Module, input_size: tuple[int, int, int]) -> nn.
 def trace(network: nn.Module) -> fx.Graph:
     """What `network` computes in eval mode, as a graph of calls of its layers.
 
-    Raises `ValueError` where it depends on the values of an image.
+    Raises `ValueError` that names the module where it depends on the values or the size of an image.
     """
-    training = network.training
+    training, tracer = network.training, _Tracer()
     try:
-        return _Tracer().trace(network.eval())
+        return tracer.trace(network.eval())
     except Exception as error:  # each of timm's networks that cannot be traced fails in a way of its own
         raise ValueError(
             f"{type(network).__name__} cannot be put in the hardware profile: it computes no fixed sequence of layers "
-            f"({error})."
+            f"({tracer.failed}{error})."
         ) from error
     finally:
         network.train(training)
 
 
 class _Tracer(fx.Tracer):
-    """Goes into modules as far as their parts are layers."""
+    """Goes into modules as far as their parts are layers. `failed`: the innermost module that an error came from."""
+
+    failed = ""
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception:
+            self.failed = self.failed or f"{self.path_of_module(m)!r}, a {type(m).__name__}: "
+            raise
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         whole = isinstance(m, nn.Conv2d | nn.Linear | nn.BatchNorm2d | SelectAdaptivePool2d | ShiftAvgPool2d)

@@ -51,6 +51,8 @@ def model_of(architecture: str = "resnet8_cifar", size: int = 16, **options) -> 
         ("mobilenetv2_025_cifar", 16),
         ("test_resnet", 32),
         ("tf_mobilenetv3_small_minimal_100", 96),
+        # It asks its average whether it is none.
+        ("lowformer_b0", 32),
     ],
 )
 def test_folding_keeps_the_function_and_leaves_no_batch_norm(architecture: str, size: int):
@@ -71,6 +73,19 @@ def test_a_network_without_a_layer_before_batch_norm_is_refused_by_name():
         ValueError, match=r"Batch norm 'features\.denseblock1\.denselayer1\.norm1' stands behind no conv"
     ):
         fold_batch_norm(create_backbone("densenet121"), (3, 32, 32))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "where"),
+    [
+        ("mobilevit_xxs", r"\('stages\.2\.1', a MobileVitBlock: symbolically traced variables"),
+        # The network itself, in none of its modules.
+        ("test_vit", r"\(symbolically traced variables"),
+    ],
+)
+def test_a_network_whose_steps_depend_on_the_image_is_refused_by_the_module(architecture: str, where: str):
+    with torch.device("meta"), pytest.raises(ValueError, match=f"computes no fixed sequence of layers {where}"):
+        fold_batch_norm(create_backbone(architecture), (3, 32, 32))
 
 
 def test_an_average_that_is_the_output_must_be_a_shift():
