@@ -109,7 +109,7 @@ class _Lowering:
             module = None
         lower: Callable[..., str] | None = getattr(self, f"_{kind}", None) if kind else None
         if lower is None:
-            what = f"a {type(module).__name__}" if module is not None else f"the operation {node.target!r}"
+            what = f"a {type(module).__name__}" if module is not None else _operation(node)
             raise ExportError(
                 f"{name!r} is {what}, which has no integer form here. Networks of convolutions, linear layers, ReLU, "
                 "ReLU6, sums, concatenation and pooling have one."
@@ -313,19 +313,25 @@ class _Lowering:
     def _max_pool(self, name: str, node: fx.Node, pool: Any) -> str:
         source = self._source(name, node.args[0])
         kernel, stride, padding = _pair(pool.kernel_size), _pair(pool.stride), _pair(pool.padding)
-        if _pair(pool.dilation) != (1, 1) or pool.ceil_mode:
-            raise ExportError(f"{name!r}: pooling with dilation or ceil_mode has no integer form here.")
+        if _pair(pool.dilation) != (1, 1):
+            raise ExportError(f"{name!r}: pooling with dilation has no integer form here.")
+        shape = self._shape(node)
+        # With ceil_mode the last windows reach over the end, by pixels that never win.
+        bottom, right = (
+            max(p, (windows - 1) * s + k - n - p)
+            for windows, n, k, s, p in zip(shape[1:], source.shape[1:], kernel, stride, padding, strict=True)
+        )
         return self._add_node(
             MaxPool(
                 name=name,
                 inputs=(source.name,),
-                shape=self._shape(node),
+                shape=shape,
                 exponent=source.exponent,
                 low=source.low,
                 high=source.high,
                 kernel=kernel,
                 stride=stride,
-                padding=(padding[1], padding[1], padding[0], padding[0]),
+                padding=(padding[1], right, padding[0], bottom),
             )
         )
 
@@ -375,6 +381,17 @@ class _Lowering:
                 stride=stride,
             )
         )
+
+
+def _operation(node: fx.Node) -> str:
+    """What a traced operation outside of layers is, and the innermost module that computes it."""
+    kind = "parameter" if node.op == "get_attr" else "operation"
+    what = f"the {kind} {getattr(node.target, '__name__', node.target)!r}"
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return what
+    name, module = list(stack.values())[-1]
+    return f"{what} in {name!r} ({module.__name__})"
 
 
 def _sum_range(weight: Tensor, bias: Tensor | None, low: int, high: int) -> tuple[Tensor, Tensor]:

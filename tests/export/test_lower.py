@@ -183,6 +183,26 @@ def test_an_operation_without_an_integer_form_is_refused_by_name():
         integer_network(model.to_hardware_profile([images]))
 
 
+def test_so_is_one_outside_of_layers_by_the_module_that_computes_it():
+    options = {"layers": [1, 1, 1, 1], "channels": [8, 8, 8, 8], "block_args": {"attn_layer": "se"}}
+    model, images = model_of("resnet10t", 64, model_args=options)
+    message = r"'mean' is the operation 'mean' in 'layer1\.0\.se' \(SEModule\), which has no integer form"
+    with pytest.raises(ExportError, match=message):
+        integer_network(model.to_hardware_profile([images]))
+
+
+def test_the_largest_of_windows_that_reach_over_the_end_has_an_integer_form():
+    model, images = profile_of("test_resnet", 32)
+    pool = model.timm_model.maxpool
+    before = integer_network(model)["maxpool"].shape
+    # The same number of windows, which start at the edge and end beyond the other one.
+    pool.padding, pool.ceil_mode = 0, True
+    network = integer_network(model)
+    assert network["maxpool"].shape == before
+    assert network["maxpool"].padding == (0, 1, 0, 1)
+    assert torch.equal(network.logits(images), simulated(model, images))
+
+
 def test_windows_that_reach_over_the_end_are_refused_and_those_that_fit_are_averages():
     """ResNet-D halves shortcuts by averages with ceil_mode."""
     options = {"model_args": {"layers": [1, 1, 1, 1], "channels": [8, 8, 8, 8]}}
