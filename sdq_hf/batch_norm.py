@@ -116,8 +116,10 @@ class _Tracer(fx.Tracer):
     """Goes into modules as far as their parts are layers. `failed`: the innermost module that an error came from."""
 
     failed = ""
+    takes_several = False
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        self.takes_several = bool(args) and isinstance(args[0], list | tuple)
         try:
             return super().call_module(m, forward, args, kwargs)
         except Exception:
@@ -126,7 +128,9 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         whole = isinstance(m, nn.Conv2d | nn.Linear | nn.BatchNorm2d | SelectAdaptivePool2d | ShiftAvgPool2d)
-        return whole or not any(m.children()) or super().is_leaf_module(m, module_qualified_name)
+        # What takes several tensors, as SelectSeq of SelecSLS, picks one or joins them: it is no layer.
+        has_parts = any(m.children()) or self.takes_several
+        return whole or not has_parts or super().is_leaf_module(m, module_qualified_name)
 
 
 @torch.no_grad()

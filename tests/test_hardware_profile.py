@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from timm.layers import BatchNormAct2d, SelectAdaptivePool2d
+from timm.models.selecsls import SelectSeq
 from torch import nn
 
 from sdq_hf import SDQConfig, SDQForImageClassification
 from sdq_hf.backbones import create_backbone
-from sdq_hf.batch_norm import ShiftAvgPool2d, fold_batch_norm
+from sdq_hf.batch_norm import ShiftAvgPool2d, fold_batch_norm, trace
 from sdq_hf.export.lower import integer_network
 from sdq_hf.quantizers.power_of_two import exponent
 from sdq_hf.search import search
@@ -86,6 +87,15 @@ def test_a_network_without_a_layer_before_batch_norm_is_refused_by_name():
 def test_a_network_whose_steps_depend_on_the_image_is_refused_by_the_module(architecture: str, where: str):
     with torch.device("meta"), pytest.raises(ValueError, match=f"computes no fixed sequence of layers {where}"):
         fold_batch_norm(create_backbone(architecture), (3, 32, 32))
+
+
+def test_a_module_that_picks_one_of_several_tensors_is_no_layer():
+    with torch.device("meta"):
+        network = create_backbone("selecsls42")
+        assert isinstance(network.from_seq, SelectSeq)
+        graph = trace(network)
+    (head,) = (node for node in graph.nodes if node.target == "head.0.0")
+    assert head.args[0].target == "features.5.conv6.2"
 
 
 def test_an_average_that_is_the_output_must_be_a_shift():
