@@ -1,4 +1,4 @@
-"""Every network of timm: does it take quantizers, and does the smallest of each family go the whole way?
+"""Every network of timm: does it take quantizers, does the smallest of each family go the whole way, has it integers?
 
     python scripts/sweep_timm.py --out docs/results/networks.json
 
@@ -11,7 +11,13 @@ of mixed bits, is saved, loaded and dequantized, and all logits must be those fr
 To save hours, networks of more than `--lsq_params` parameters are quantized by `dorefa`, whose scales need no search over
 clips, in place of the default `lsq`; the table says which.
 
-Both parts work in a child process. When it dies, or a network takes longer than `--timeout`, that is what the row says,
+Part "integers": each architecture of at most `--most_params` parameters is made in the hardware profile, at the smallest
+image size that it runs on, and at 64 and 224 pixels where that size is what is refused. "refused" is what the library says of
+the first thing that has no integer form. Where all has one and an image takes at most `_MOST_MACS`, two images are computed
+by integers and by the model in float64, and the logits must be equal. Weights are random, and scales are those of the
+largest weights, without a search.
+
+All parts work in a child process. When it dies, or a network takes longer than `--timeout`, that is what the row says,
 and another child goes on with the next one. Run again, the script goes on with what is missing.
 """
 
@@ -19,6 +25,7 @@ import argparse
 import ast
 import fnmatch
 import json
+import math
 import platform
 import re
 import resource
@@ -26,7 +33,8 @@ import selectors
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -38,10 +46,12 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from sdq_hf import SDQConfig, SDQForImageClassification
-from sdq_hf.layers import quantizer_parameters
+from sdq_hf.export.lower import integer_network
+from sdq_hf.layers import input_quantizers, quantizer_parameters
 from sdq_hf.search import SearchState, search
 from sdq_hf.writing import write_json
 
+PARTS = ("attach", "run", "integers")
 _MOST_MEMORY = 16 * 2**30
 # What torch and Python say when a network needs more.
 _NO_MEMORY = ("can't allocate memory", "MemoryError")
@@ -49,6 +59,10 @@ _NO_MEMORY = ("can't allocate memory", "MemoryError")
 # beside it, gives next to nothing, and the norm behind it has gradients of 1e7 in float and of infinity at few bits.
 _SCALES_OF_ONE = ("mobilenetv5",)
 SIZES = (32, 64, 96, 128, 192, 224, 256, 384, 512)
+# Tried too where the hardware profile refuses the smallest of them.
+_OTHER_SIZES = (64, 224)
+# Of one image, in layers: int64 takes seconds for more.
+_MOST_MACS = 1e8
 
 
 class Enough(Exception):
@@ -59,10 +73,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--models", default="*", help="pattern of architectures, as in fnmatch")
-    parser.add_argument("--parts", nargs="*", default=["attach", "run"], choices=["attach", "run"])
+    parser.add_argument("--parts", nargs="*", default=list(PARTS), choices=PARTS)
     parser.add_argument(
         "--lsq_params", type=float, default=4e6, help="most parameters with the default weight quantizer"
     )
+    parser.add_argument("--most_params", type=float, default=60e6, help="most parameters in part integers")
     parser.add_argument("--timeout", type=float, default=300, help="seconds that one network may take")
     parser.add_argument("--retry", action="store_true", help="try again what did not work")
     parser.add_argument("--table", action="store_true", help="only print the table of what is there")
@@ -71,11 +86,16 @@ def main() -> None:
     if options.work:
         work()
         return
-    content = json.loads(options.out.read_text()) if options.out.exists() else {"attach": {}, "run": {}}
-    names = [] if options.table else [name for name in architectures() if fnmatch.fnmatchcase(name, options.models)]
+    content = json.loads(options.out.read_text()) if options.out.exists() else {}
+    content = {**{part: {} for part in PARTS}, **content}
+    asked = [] if options.table else [name for name in architectures() if fnmatch.fnmatchcase(name, options.models)]
     for part in options.parts:
+        names = asked
         if part == "run":
-            names = [] if options.table else smallest(content["attach"], names)
+            names = smallest(content["attach"], asked)
+        if part == "integers":
+            params = {name: content["attach"].get(name, {}).get("params", math.inf) for name in asked}
+            names = sorted((name for name in asked if params[name] <= options.most_params), key=lambda n: params[n])
         done = {name for name, row in content[part].items() if not (options.retry and row.get("error"))}
         names = [name for name in names if name not in done]
         for (_, name, *_), row in results([_job(part, name, content, options) for name in names], options.timeout):
@@ -85,10 +105,11 @@ def main() -> None:
             write_json(options.out, content)
             print(part, name, row, flush=True)
     print(table(content))
+    print(integers_table(content))
 
 
 def _job(part: str, name: str, content: dict[str, Any], options: argparse.Namespace) -> list[Any]:
-    if part == "attach":
+    if part != "run":
         return [part, name]
     row = content["attach"][name]
     return [part, name, "lsq" if row["params"] <= options.lsq_params else "dorefa", row.get("pins", {})]
@@ -169,10 +190,11 @@ def work() -> None:
     """Do the jobs that come on stdin, one line each."""
     # A network that needs more than this machine has is to fail by itself, not to take others along.
     resource.setrlimit(resource.RLIMIT_AS, (_MOST_MEMORY, _MOST_MEMORY))
+    functions: dict[str, Callable[..., dict[str, Any]]] = {"attach": attach, "run": run, "integers": integers}
     for line in sys.stdin:
         part, name, *rest = json.loads(line)
         try:
-            row = attach(name) if part == "attach" else run(name, *rest)
+            row = functions[part](name, *rest)
         except Exception as error:
             row = {"error": f"{type(error).__name__}: {error}"[:500]}
         print("RESULT", json.dumps(row), flush=True)
@@ -264,6 +286,61 @@ def _logits(model: SDQForImageClassification, images: Tensor) -> Tensor:
     return model(images).logits
 
 
+# Integers --------------------------------------------------------------------------------------------------------
+
+
+def integers(name: str) -> dict[str, Any]:
+    """Whether a network can be made in the hardware profile and has an integer form; `ValueError` where logits differ."""
+    smallest, arguments = small_images(name)
+    for size in dict.fromkeys((smallest, *_OTHER_SIZES)):
+        try:
+            model = profile(name, size, dict.fromkeys(arguments, size))
+            integer_network(model)
+            break
+        except ValueError as error:
+            refused = str(error)
+            if "image size" not in refused:
+                return {"size": size, "refused": refused[:500]}
+    else:
+        return {"size": size, "refused": refused[:500]}
+    macs = sum(layer.macs for layer in model.strategy.values())
+    row = {"size": size, "macs": macs, "proven": macs <= _MOST_MACS}
+    if row["proven"]:
+        images = torch.randn(2, 3, size, size)
+        model.calibrate(images)
+        found = integer_network(model).logits(images)
+        if not torch.equal(found, _logits(model.double(), images.double())) or not found.any():
+            raise ValueError("integers and the model in float64 give other logits")
+    return row
+
+
+@torch.no_grad()
+def profile(name: str, size: int, arguments: dict[str, Any]) -> SDQForImageClassification:
+    """A model in the hardware profile, in eval mode, whose layers have random weights; everything else is zero."""
+    with torch.device("meta"):
+        config = SDQConfig(
+            name,
+            model_args=arguments,
+            pretrained_cfg={"input_size": [3, size, size]},
+            num_labels=10,
+            scales="power_of_two",
+            weight_scale="channel",
+        )
+        model = SDQForImageClassification(config).eval()
+    model.to_empty(device="cpu")
+    torch.manual_seed(0)
+    for tensor in [*model.parameters(), *model.buffers()]:
+        tensor.zero_()
+    for layer in model.quantized_layers().values():
+        layer.weight.normal_(std=layer.weight[0].numel() ** -0.5)
+        layer.weight_quantizer.scale.copy_(layer.weight.abs().flatten(1).amax(1))
+        if layer.bias is not None:
+            layer.bias.normal_(std=0.1)
+    for quantizer in input_quantizers(model).values():
+        quantizer.step.fill_(0.25)
+    return model
+
+
 def table(content: dict[str, Any]) -> str:
     """Markdown: a row for each family, and below what does not work, by name and with its reason."""
     families: dict[str, list[str]] = {}
@@ -298,6 +375,78 @@ def table(content: dict[str, Any]) -> str:
         ]
         lines.append(line)
     return "\n".join([*lines, *(["", *notes] if notes else [])])
+
+
+# Pattern of what the library says of the first thing in the way -> how the table calls it; \\1 is its group.
+_REASONS = (
+    (r"^Batch norm .* stands behind no", "batch norm without a convolution before it"),
+    (r"^Batch norm .* is used elsewhere", "batch norm whose input is used elsewhere"),
+    (r"computes no fixed sequence|the operation '(?:getattr|size)'", "steps that depend on sizes or values"),
+    (r" is a \w*LayerNorm\w*,|\(\w*LayerNorm\w*\)", "layer norm"),
+    (r" is a \w*GroupNorm\w*,|\(\w*GroupNorm\w*\)", "group norm"),
+    (r" is a \w*(?:Rms|Simple)Norm\w*,|\(\w*(?:Rms|Simple)Norm\w*\)", "RMS norm"),
+    (r" is a (\w+),", r"\1"),
+    (r"the operation 'mean' in .* \(\w*(?:SE|Ese|SqueezeExcite)\w*\)", "squeeze-and-excitation"),
+    (r"the operation '(?:getitem|split|chunk)'", "split tensors"),
+    (r"the operation '(?:permute|reshape|view|transpose)'", "reordered tensors"),
+    (r"the operation '(\w+)' in .* \((\w+)\)", r"\1 in \2"),
+    (r"the parameter ", "parameters outside of layers"),
+    (r"an average over", "averages with padding"),
+    (r"reach over the end", "windows that reach over the end"),
+)
+
+
+def reason(message: str) -> str:
+    """A refusal of the hardware profile in a few words."""
+    for pattern, words in _REASONS:
+        match = re.search(pattern, message)
+        if match:
+            return match.expand(words)
+    return message
+
+
+def patterns(names: list[str], others: list[str]) -> list[str]:
+    """`names`, with patterns for three or more of them that fit none of `others`."""
+    left, found = sorted(names), list[str]()
+    while left:
+        # Up to where a word or a number ends; the shortest first.
+        ends = (match.end() for match in re.finditer(r"[a-z]+|\d+|_", left[0]))
+        starts = (left[0][:end] for end in ends)
+        start = next((start for start in starts if not any(other.startswith(start) for other in others)), left[0])
+        fit = [name for name in left if name.startswith(start)]
+        found += [f"`{start}*` ({len(fit)})"] if len(fit) > 2 else [f"`{name}`" for name in fit]
+        left = [name for name in left if name not in fit]
+    return found
+
+
+def integers_table(content: dict[str, Any]) -> str:
+    """Markdown: the families with architectures that have integers, and which; below the others, by what stops them."""
+    rows, known = content["integers"], content["attach"]
+    families: dict[str, dict[str, Any]] = {}
+    for name, row in rows.items():
+        families.setdefault(row["family"], {})[name] = row
+    sizes = Counter(row["family"] for row in known.values())
+    lines = [
+        "| family | go, of tried | in timm | these | what stops the others |",
+        "|---|---|---|---|---|",
+    ]
+    none: dict[str, list[str]] = {}
+    for family, tried in sorted(families.items()):
+        goes = [name for name, row in tried.items() if "macs" in row]
+        reasons = Counter(reason(row.get("refused") or row["error"]) for row in tried.values() if "macs" not in row)
+        if goes:
+            stops = ", ".join(f"{words} ({count})" for words, count in reasons.most_common())
+            names = ", ".join(patterns(goes, [name for name in known if name not in goes]))
+            lines.append(f"| {family} | {len(goes)} of {len(tried)} | {sizes[family]} | {names} | {stops} |")
+        else:
+            none.setdefault(reasons.most_common(1)[0][0], []).append(f"{family} ({len(tried)})")
+    going = [row for row in rows.values() if "macs" in row]
+    proven = sum(row["proven"] for row in going)
+    lines.append(
+        f"| all | {len(going)} of {len(rows)} | {len(known)} | {proven} compared with the model, all equal | |"
+    )
+    worst = sorted(none.items(), key=lambda item: -len(item[1]))
+    return "\n".join([*lines, "", *(f"- {words}: {', '.join(names)}" for words, names in worst)])
 
 
 if __name__ == "__main__":

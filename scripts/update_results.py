@@ -57,6 +57,7 @@ TABLES: dict[str, Callable[[list[Any]], str]] = {
     "mutants": lambda files: mutate.table(files[0]["modules"]),
     "onnx": lambda files: bench_onnx.table(files[0]),
     "networks": lambda files: sweep_timm.table(files[0]),
+    "integers": lambda files: sweep_timm.integers_table(files[0]),
     "pretrained": lambda files: study_pretrained.table(files[0]["cells"]),
     "exports": lambda files: verify_exports.table(files[0]["cells"]),
     "profiles": lambda files: verify_exports.profiles(files[0]["cells"]),
