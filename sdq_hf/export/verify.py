@@ -146,9 +146,9 @@ def with_one_weight_changed(network: IntegerNetwork, images: Tensor) -> tuple[In
         sizes = [layer.weight.abs()]
         if layer.is_linear:
             sizes.append(sizes[0] * (network.integers_of(layer.inputs[0], images) != 0).sum(0))
-        for size in sizes:
+        for place in dict.fromkeys(int(size.argmax()) for size in sizes):
             weight = layer.weight.clone()
-            weight.view(-1)[int(size.argmax())] *= -1
+            weight.view(-1)[place] *= -1
             changed = replace(layer, weight=weight)
             copy = replace(network, nodes=tuple(changed if node is layer else node for node in network.nodes))
             if 2 * int((copy.logits(images) != reference).any(dim=1).sum()) >= len(images):
