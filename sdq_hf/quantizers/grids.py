@@ -44,8 +44,11 @@ def round_to_grid(x: Tensor, grid: str, bits: int) -> Tensor:
     low, high = extremes(grid, bits)
     if _is_odd_grid(grid, bits):
         # code = (x - low) / 2 counts the levels from the lowest up.
+        if torch.compiler.is_compiling():
+            # In graphs of torch 2.11 nothing flows back through what was changed in place.
+            return ((x - low) * 0.5).round().clamp(0, 2**bits - 1) * 2 + low
         return torch.sub(x, low).mul_(0.5).round_().clamp_(0, 2**bits - 1).mul_(2).add_(low)
-    return torch.round(x).clamp_(low, high)
+    return torch.round(x).clamp(low, high)
 
 
 def integers_to_codes(integers: Tensor, grid: str, bits: int) -> Tensor:
