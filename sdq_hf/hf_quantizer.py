@@ -54,7 +54,8 @@ class SDQHfQuantizer(HfQuantizer):
     ) -> nn.Module:
         new = set(model.new_layers)
         for name, layer in quantized_layers(model).items():
-            layer.__dict__[_AWAY] = layer.weight.shape, layer.weight.dtype, layer.bias is not None
+            scale = layer.weight_quantizer.scale.shape
+            layer.__dict__[_AWAY] = layer.weight.shape, layer.weight.dtype, layer.bias is not None, scale
             if name in new:
                 # Nothing of the file is for it, and its bias would be taken in the file's size.
                 layer.bias = None
@@ -71,11 +72,14 @@ class SDQHfQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> nn.Module:
         for name, layer in quantized_layers(model).items():
             quantizer = layer.weight_quantizer
-            shape, dtype, has_bias = layer.__dict__.pop(_AWAY)
+            shape, dtype, has_bias, scale = layer.__dict__.pop(_AWAY)
             if name in model.new_layers:
                 layer.weight = nn.Parameter(torch.empty(shape, dtype=dtype, device=quantizer.scale.device))
                 layer.bias = nn.Parameter(layer.weight.new_empty(shape[0])) if has_bias else None
                 layer.reset_parameters()  # type: ignore[operator]
+                # transformers 5.18 leaves the one of the file here, a number for each of its classes.
+                if quantizer.scale.shape != scale:
+                    quantizer.scale = nn.Parameter(quantizer.scale.new_empty(scale))
                 quantizer.fit_scale(layer.weight)
                 continue
             check_scale(name, quantizer.scale)
