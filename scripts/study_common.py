@@ -82,7 +82,14 @@ def work(
         if run is None or run.arguments.run.seed != cell["seed"]:
             run = open_run(options, cell["seed"], change)
         started = time.perf_counter()
-        result = {**cell, **measure(run, cell), "seconds": round(time.perf_counter() - started, 1)}
+        # Other instructions give other digits, and other float networks: rows are compared with those of the same ones.
+        processor = torch.backends.cpu.get_cpu_capability()
+        result = {
+            **cell,
+            **measure(run, cell),
+            "seconds": round(time.perf_counter() - started, 1),
+            "processor": processor,
+        }
         # Read anew: another process may have written meanwhile.
         content = read(options.out)
         content |= {

@@ -26,11 +26,13 @@ from ..writing import folder_beside, replace_folder, save_tensors, write_json
 from .graph import BATCH, IntegerNetwork, Layer, Quantize
 from .hls import Emulation, HLSOptions, export_hls
 from .lower import ExportError, integer_network
-from .manifest import integers, manifest, versions
+from .manifest import integers, manifest, sha256, versions
 from .optional import needed
 from .report import cost_report, report_text
-from .verify import REAL, Comparison, Runner, cases, compare, simulation, with_one_weight_changed
+from .verify import REAL, Comparison, Runner, cases, compare, made_images, simulation, with_one_weight_changed
 
+# Real images of a Verilog test bench.
+_TESTED = 32
 # Products that iverilog computes of one export, in about a minute.
 _SIMULATED = 2**23
 
@@ -41,9 +43,11 @@ class VerificationError(ExportError):
 
 @dataclass(frozen=True)
 class Settings:
-    """What a target may need beside the network: images to fit ranges to (float32 [B, C, H, W]), and hls4ml's options."""
+    """What a target may need beside the network: images to fit ranges to, images for a test bench (both float32
+    [B, C, H, W]), and hls4ml's options."""
 
     calibration: Tensor
+    tests: Tensor
     hls: HLSOptions
 
 
@@ -108,7 +112,7 @@ def run_onnx(path: Path, images: Tensor, fused: bool = False) -> np.ndarray:
 
 def _verilog(network: IntegerNetwork, folder: Path, settings: Settings) -> Written:
     """The classifier as a Verilog module that uses one unit again and again."""
-    from .verilog import simulate_dense, write_dense
+    from .verilog import simulate_dense, write_dense, write_dense_check
 
     head, source = _classifier(network, "verilog")
     if not isinstance(head.weight_bits, int):
@@ -116,17 +120,19 @@ def _verilog(network: IntegerNetwork, folder: Path, settings: Settings) -> Writt
     path = folder / "verilog"
     bias = None if head.bias is None else head.bias.numpy()
     write_dense(path, head.weight.numpy(), bias, head.weight_bits, source.bits, source.signed, grid=head.grid)
+    write_dense_check(path, *_test_vectors(network, head, source, settings))
     return _simulated(network, head, source, path, simulate_dense)
 
 
 def _da4ml(network: IntegerNetwork, folder: Path, settings: Settings) -> Written:
     """The classifier as pipelined adders in Verilog."""
-    from .unrolled import simulate_unrolled, write_unrolled
+    from .unrolled import simulate_unrolled, write_unrolled, write_unrolled_check
 
     head, source = _classifier(network, "da4ml")
     path = folder / "da4ml"
     bias = None if head.bias is None else head.bias.numpy()
     facts = write_unrolled(path, head.weight.numpy(), bias, source.low, source.high)
+    write_unrolled_check(path, *_test_vectors(network, head, source, settings))
     # A simulation of so many adders takes a tenth of a second for an image.
     return replace(_simulated(network, head, source, path, simulate_unrolled), most_images=64, facts=facts)
 
@@ -141,6 +147,14 @@ def _classifier(network: IntegerNetwork, target: str) -> tuple[Layer, Quantize]:
     source = network[head.inputs[0]]
     assert isinstance(source, Quantize)
     return head, source
+
+
+def _test_vectors(
+    network: IntegerNetwork, head: Layer, source: Quantize, settings: Settings
+) -> tuple[np.ndarray, np.ndarray]:
+    """Inputs [N, inputs] and outputs [N, outputs] of the classifier `head` by the integers, for a test bench."""
+    images = torch.cat([settings.tests, made_images(network)])
+    return network.integers_of(source.name, images).numpy(), network.integers_of(head.name, images).numpy()
 
 
 def _simulated(
@@ -224,7 +238,9 @@ def export_model(
     _check_folder(folder)
     network = integer_network(model)
     with folder_beside(folder) as beside:
-        settings = Settings(images[:BATCH] if calibration is None else calibration, hls or HLSOptions())
+        settings = Settings(
+            images[:BATCH] if calibration is None else calibration, images[:_TESTED], hls or HLSOptions()
+        )
         return _export(model, network, beside, folder, targets, images, labels, settings, verify, say)
 
 
@@ -331,5 +347,7 @@ def _verification(
         "failed": failed,
         "inexact_in_float32": network.inexact_in_float32(),
         "images": {REAL: len(images)},
+        # Of the images as the model takes them, float32 in C order: who has the same can repeat the comparison.
+        "images_sha256": {case.name: sha256(case.images.contiguous().numpy().astype("<f4").tobytes()) for case in sets},
         "versions": versions(),
     }

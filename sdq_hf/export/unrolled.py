@@ -5,6 +5,7 @@ is for small layers. It is under the LGPL, and so are the Verilog modules of its
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from ..writing import write_json, write_text
 from .lower import ExportError
 from .optional import needed
-from .verilog import check_vectors, hex_words, run_bench, values_of
+from .verilog import CHECKS, WRITES, Bench, check_vectors, hex_words, run_bench, values_of
 
 # The search for adders that outputs share takes seconds for a thousand weights, and grows with the square of their number.
 MOST_WEIGHTS = 8192
@@ -83,43 +84,63 @@ def simulate_unrolled(folder: str | Path, x: NDArray[np.int64], *, simulator: st
     """
     folder = Path(folder)
     head = json.loads((folder / "head.json").read_text())
-    check_vectors(x, head["inputs"], tuple(head["range"]), "x")
-    width, bits = head["input_bits"], head["output_bits"]
-    write_text(folder / "activations.hex", hex_words(x & (2**width - 1), width))
-    bench = _BENCH.format(IN=width * head["inputs"], OUT=bits * head["outputs"], COUNT=len(x), CYCLES=head["cycles"])
-    write_text(folder / "bench.v", bench)
+    _bench(folder, head, x, WRITES)
     sources = sorted(path.relative_to(folder).as_posix() for path in (folder / "src").rglob("*.v"))
     lines = run_bench(folder, ["bench.v", *sources], simulator, len(x))
-    return values_of(lines, bits, head["outputs"], head["output_signed"]) * 2 ** head["output_shift"]
+    return values_of(lines, head["output_bits"], head["outputs"], head["output_signed"]) * 2 ** head["output_shift"]
+
+
+def write_unrolled_check(folder: str | Path, x: NDArray[np.int64], expected: NDArray[np.int64]) -> None:
+    """Write a bench beside a layer of `write_unrolled` that sends `x` [N, inputs] and prints PASS or FAIL.
+
+    As `write_dense_check` of the other layer. expected: integers [N, outputs].
+    """
+    folder = Path(folder)
+    head = json.loads((folder / "head.json").read_text())
+    _bench(folder, head, x, CHECKS)
+    codes = (expected >> head["output_shift"]) & (2 ** head["output_bits"] - 1)
+    write_text(folder / CHECKS.outputs, hex_words(codes, head["output_bits"]))
+
+
+def _bench(folder: Path, head: Mapping[str, Any], x: NDArray[np.int64], bench: Bench) -> None:
+    check_vectors(x, head["inputs"], tuple(head["range"]), "x")
+    width, out = head["input_bits"], head["output_bits"] * head["outputs"]
+    write_text(folder / bench.inputs, hex_words(x & (2**width - 1), width))
+    text = bench.of(_BENCH, IN=width * head["inputs"], OUT=out, RESULTS=len(x), CYCLES=head["cycles"])
+    write_text(folder / f"{bench.name}.v", text)
 
 
 _BENCH = """\
-// Sends a line of activations.hex with each cycle, and writes what comes out {CYCLES} cycles later to results.hex.
-module bench;
+// Sends a line of {INPUTS} with each cycle; {OUTPUTS} has what comes out {CYCLES} cycles later.
+module {NAME};
   reg clk = 0;
-  reg [{IN}-1:0] stimulus[0:{COUNT}-1];
+  reg [{IN}-1:0] stimulus[0:{RESULTS}-1];
   reg [{IN}-1:0] inputs = 0;
-  wire [{OUT}-1:0] outputs;
-  integer cycle = 0, results;
+  wire [{OUT}-1:0] out_values;
+  integer cycle = 0, got = 0;
+  {DECLARE}
 
   head_wrapper head (
       .clk(clk),
       .model_inp(inputs),
-      .model_out(outputs)
+      .model_out(out_values)
   );
 
   always #1 clk = ~clk;
   initial begin
-    $readmemh("activations.hex", stimulus);
-    results = $fopen("results.hex", "w");
+    $readmemh("{INPUTS}", stimulus);
+    {START}
   end
 
   always @(negedge clk) begin
-    if (cycle >= {CYCLES}) $fdisplay(results, "%h", outputs);
-    inputs <= cycle < {COUNT} ? stimulus[cycle] : 0;
+    if (cycle >= {CYCLES}) begin
+      {TAKE}
+      got = got + 1;
+    end
+    inputs <= cycle < {RESULTS} ? stimulus[cycle] : 0;
     cycle = cycle + 1;
-    if (cycle == {COUNT} + {CYCLES}) begin
-      $fclose(results);
+    if (got == {RESULTS}) begin
+      {END}
       $finish;
     end
   end

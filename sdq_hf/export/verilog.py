@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -130,26 +131,57 @@ def simulate_dense(
     """
     folder = Path(folder)
     layer = json.loads((folder / "dense.json").read_text())
+    _dense_bench(folder, layer, activations, WRITES, stalls)
+    results = len(activations) * _passes(layer)[1]
+    lines = run_bench(folder, ["bench.v", "head.v", "dense.v", "dot.v"], simulator, results)
+    values = values_of(lines, layer["output_bits"], layer["units"], layer["output_signed"])
+    return values.reshape(len(activations), -1)[:, : layer["outputs"]]
+
+
+def write_dense_check(folder: str | Path, activations: Integers, expected: Integers) -> None:
+    """Write a bench beside a layer of `write_dense` that sends `activations` [N, inputs] and prints PASS or FAIL.
+
+    It is testbench.v, which any simulator runs, with test_inputs.hex and test_outputs.hex. expected: integers [N, outputs],
+    of a source that is not this Verilog.
+
+    Raises `ValueError` for integers that do not fit, and for outputs that are no multiple of the layer's units: what the rest
+    computes has no meaning.
+    """
+    folder = Path(folder)
+    layer = json.loads((folder / "dense.json").read_text())
+    if layer["outputs"] % layer["units"]:
+        raise ValueError(f"units must divide the {layer['outputs']} outputs, got {layer['units']}.")
+    bits = layer["output_bits"]
+    y = _integers(expected, "expected")
+    check_vectors(y, layer["outputs"], activation_range(bits, layer["output_signed"]), "expected")
+    _dense_bench(folder, layer, activations, CHECKS, stalls=True)
+    write_text(folder / CHECKS.outputs, hex_words(y.reshape(-1, layer["units"]) & (2**bits - 1), bits))
+
+
+def _dense_bench(folder: Path, layer: Mapping[str, Any], activations: Integers, bench: "Bench", stalls: bool) -> None:
     x = _integers(activations, "activations")
     check_vectors(x, layer["inputs"], _activation_range(layer["activation_bits"], layer["signed"]), "activations")
-    lanes, units, bits = layer["lanes"], layer["units"], layer["output_bits"]
-    chunks, groups = -(-layer["inputs"] // lanes), -(-layer["outputs"] // units)
+    lanes, bits = layer["lanes"], layer["activation_bits"]
+    chunks, groups = _passes(layer)
     padded = np.zeros((len(x), chunks * lanes), np.int64)
     padded[:, : x.shape[1]] = x
-    codes = padded.reshape(-1, lanes) & (2 ** layer["activation_bits"] - 1)
-    write_text(folder / "activations.hex", hex_words(codes, layer["activation_bits"]))
-    bench = _DENSE_BENCH.format(
-        IN=lanes * layer["activation_bits"],
-        OUT=units * bits,
+    codes = padded.reshape(-1, lanes) & (2**bits - 1)
+    write_text(folder / bench.inputs, hex_words(codes, bits))
+    text = bench.of(
+        _DENSE_BENCH,
+        IN=lanes * bits,
+        OUT=layer["units"] * layer["output_bits"],
         BEATS=len(codes),
         RESULTS=len(x) * groups,
         STALLS=int(stalls),
         LIMIT=100 + 8 * len(x) * layer["cycles"],
     )
-    write_text(folder / "bench.v", bench)
-    lines = run_bench(folder, ["bench.v", "head.v", "dense.v", "dot.v"], simulator, len(x) * groups)
-    values = values_of(lines, bits, units, layer["output_signed"])
-    return values.reshape(len(x), groups * units)[:, : layer["outputs"]]
+    write_text(folder / f"{bench.name}.v", text)
+
+
+def _passes(layer: Mapping[str, Any]) -> tuple[int, int]:
+    """How many chunks an input takes, and in how many groups the outputs come."""
+    return -(-layer["inputs"] // layer["lanes"]), -(-layer["outputs"] // layer["units"])
 
 
 def accumulator_bits(weights: Integers, bias: Integers | None, smallest: int, largest: int, shift: int = 0) -> int:
@@ -407,16 +439,67 @@ module head (
 endmodule
 """
 
-# Both benches change what they send at the falling edge, and look at the rising one.
+
+@dataclass(frozen=True)
+class Bench:
+    """What a bench does with results: writes them to a file, or compares them with one.
+
+    name: of its module and file. inputs, outputs: its files. The rest are lines of Verilog.
+    """
+
+    name: str
+    inputs: str
+    outputs: str
+    declare: str
+    start: str
+    take: str
+    end: str
+
+    def of(self, template: str, **values: int) -> str:
+        """The Verilog of a template, which has OUT, the bits of a result, and RESULTS, the number of them."""
+        names = {"NAME": self.name, "INPUTS": self.inputs, "OUTPUTS": self.outputs}
+        lines = {"DECLARE": self.declare, "START": self.start, "TAKE": self.take, "END": self.end}
+        return template.format(
+            **names, **values, **{key: line.format(**names, **values) for key, line in lines.items()}
+        )
+
+
+WRITES = Bench(
+    "bench",
+    "activations.hex",
+    "results.hex",
+    declare="integer results;",
+    start='results = $fopen("{OUTPUTS}", "w");',
+    take='$fdisplay(results, "%h", out_values);',
+    end="$fclose(results);",
+)
+CHECKS = Bench(
+    "testbench",
+    "test_inputs.hex",
+    "test_outputs.hex",
+    declare="reg [{OUT}-1:0] expected[0:{RESULTS}-1];\n  integer wrong = 0;",
+    start='$readmemh("{OUTPUTS}", expected);',
+    take="""\
+if (out_values !== expected[got]) begin
+        wrong = wrong + 1;
+        $display("result %0d is %h, expected %h", got, out_values, expected[got]);
+      end""",
+    end="""\
+if (got == {RESULTS} && wrong == 0) $display("PASS: {RESULTS} results are equal");
+      else $display("FAIL: %0d of {RESULTS} results, %0d of them wrong", got, wrong);""",
+)
+
+# All benches change what they send at the falling edge, and look at the rising one.
 _DENSE_BENCH = """\
-// Sends activations.hex to the layer and writes what it answers to results.hex.
-module bench;
+// Sends {INPUTS} to the layer; {OUTPUTS} has what it answers.
+module {NAME};
   reg clk = 0, reset = 1, in_valid = 0, out_ready = 0;
   wire in_ready, out_valid;
   reg [{IN}-1:0] stimulus[0:{BEATS}-1];
   reg [{IN}-1:0] in_activations = 0;
   wire [{OUT}-1:0] out_values;
-  integer sent = 0, got = 0, cycles = 0, results;
+  integer sent = 0, got = 0, cycles = 0;
+  {DECLARE}
 
   head head (
       .clk(clk),
@@ -431,8 +514,8 @@ module bench;
 
   always #1 clk = ~clk;
   initial begin
-    $readmemh("activations.hex", stimulus);
-    results = $fopen("results.hex", "w");
+    $readmemh("{INPUTS}", stimulus);
+    {START}
   end
 
   always @(negedge clk) begin
@@ -446,11 +529,11 @@ module bench;
     cycles = cycles + 1;
     if (!reset && in_valid && in_ready) sent = sent + 1;
     if (!reset && out_valid && out_ready) begin
-      $fdisplay(results, "%h", out_values);
+      {TAKE}
       got = got + 1;
     end
     if (got == {RESULTS} || cycles == {LIMIT}) begin
-      $fclose(results);
+      {END}
       $display("%0d results in %0d cycles", got, cycles);
       $finish;
     end

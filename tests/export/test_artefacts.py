@@ -38,6 +38,7 @@ def test_a_folder_describes_its_integers(tmp_path: Path):
         ("model in float32", "real", True),
         ("model in float32", "made", True),
     ]
+    assert report["images_sha256"]["real"] == hashlib.sha256(images.numpy().tobytes()).hexdigest()
     described = json.loads((tmp_path / "out" / "manifest.json").read_text())
     for name, digest in described["files"].items():
         assert hashlib.sha256((tmp_path / "out" / name).read_bytes()).hexdigest() == digest
@@ -135,20 +136,21 @@ def test_the_classifier_in_verilog_computes_the_logits(tmp_path: Path, bits: int
     assert [c["equal"] for c in found] == [True, True]
     assert found[0]["differ_from_control"] > 0
     names = {path.name for path in (tmp_path / "out" / "verilog").iterdir()}
-    assert names == {"head.v", "dense.v", "dot.v", "weights.hex", "biases.hex", "dense.json", "outputs.json"}
+    layer = {"head.v", "dense.v", "dot.v", "weights.hex", "biases.hex", "dense.json", "outputs.json"}
+    assert names == {*layer, "testbench.v", "test_inputs.hex", "test_outputs.hex"}
 
 
 def test_a_large_classifier_is_simulated_on_fewer_images(tmp_path: Path):
     """The 512 x 1,000 weights of a ResNet-18 take seconds for each, and a simulation has ten minutes."""
-    settings = artefacts.Settings(torch.empty(0), artefacts.HLSOptions())
     network = integer_network(profile_of()[0])
+    source = network[network.output.inputs[0]]
     most = {}
     for outputs, inputs in ((5, 64), (1000, 512)):
         classifier = replace(
             network.output, weight=torch.ones(outputs, inputs).long(), bias=None, exponents=(0,) * outputs
         )
-        large = replace(network, nodes=(*network.nodes[:-1], classifier))
-        most[outputs] = artefacts.TARGETS["verilog"](large, tmp_path / str(outputs), settings).most_images
+        written = artefacts._simulated(network, classifier, source, tmp_path / str(outputs), simulate=None)
+        most[outputs] = written.most_images
     assert most[5] == 1000
     assert 6 <= most[1000] <= 40
 

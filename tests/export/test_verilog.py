@@ -22,6 +22,7 @@ from sdq_hf.export.verilog import (
     simulate_dense,
     simulate_dot,
     write_dense,
+    write_dense_check,
     write_dot,
 )
 from sdq_hf.quantizers.activation import activation_range
@@ -138,6 +139,42 @@ def test_a_classifier_takes_the_cycles_it_says_and_a_flipped_weight_shows(simula
         assert (results, cycles) == (7 * 3, 1 + 7 * json.loads((tmp_path / "dense.json").read_text())["cycles"])
     flip(tmp_path / "weights.hex", line=7 + 2, bit=(1 * 16 + 5) * 3)  # output 4 + 1, input 2 * 16 + 5
     assert set(np.nonzero(simulate_dense(tmp_path, x, simulator=simulator) - expected)[1].tolist()) == {5}
+
+
+@pytest.mark.parametrize("simulator", SIMULATORS)
+def test_the_bench_for_users_passes_and_fails_with_a_flipped_weight(simulator, tmp_path):
+    if not THERE[simulator]:
+        pytest.skip(f"{simulator} is not installed")
+    random = np.random.default_rng(0)
+    w, x = 2 * random.integers(0, 8, (4, 20)) - 7, random.integers(-8, 8, (6, 20))
+    write_dense(tmp_path, w, None, 3, 4, True, grid="midrise", units=2)
+    write_dense_check(tmp_path, x, x @ w.T)
+    commands = commands_of_docs(simulator)
+    assert "PASS: 12 results are equal" in shell(commands, tmp_path)
+    flip(tmp_path / "weights.hex", line=0, bit=3)  # output 0, input 1
+    found = shell(commands, tmp_path)
+    # A pair of outputs in a line: the first of each vector is wrong where its input is not zero.
+    assert f"FAIL: 12 of 12 results, {np.count_nonzero(x[:, 1])} of them wrong" in found
+    assert "PASS" not in found
+    write_dense(tmp_path / "odd", w[:3], None, 3, 4, True, grid="midrise", units=2)
+    with pytest.raises(ValueError, match="units must divide the 3 outputs, got 2"):
+        write_dense_check(tmp_path / "odd", x, x @ w[:3].T)
+    with pytest.raises(ValueError, match=r"expected must be of shape \[N, 4\], N at least 1, got \[6, 3\]"):
+        write_dense_check(tmp_path, x, x @ w[:3].T)
+
+
+def commands_of_docs(simulator: str) -> str:
+    """How docs/fpga.md has users run the bench."""
+    text = (Path(__file__).parents[2] / "docs" / "fpga.md").read_text()
+    return next(
+        line.strip() for line in text.splitlines() if line.startswith(f"    {simulator}") and "testbench" in line
+    )
+
+
+def shell(command: str, folder: Path) -> str:
+    done = subprocess.run(command, shell=True, cwd=folder, env={"PATH": PATH}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @simulated
