@@ -13,7 +13,7 @@ clips, in place of the default `lsq`; the table says which.
 
 Part "integers": each architecture of at most `--most_params` parameters is made in the hardware profile, at the smallest
 image size that it runs on, and at 64 and 224 pixels where that size is what is refused. "refused" is what the library says of
-the first thing that has no integer form. Where all has one and an image takes at most `_MOST_MACS`, two images are computed
+the first thing that has no integer form. What timm can merge for inference is tried merged then ("reparameterize"). Where all has one and an image takes at most `_MOST_MACS`, two images are computed
 by integers and by the model in float64, and the logits must be equal. Weights are random, and scales are those of the
 largest weights, without a search.
 
@@ -292,6 +292,7 @@ def _logits(model: SDQForImageClassification, images: Tensor) -> Tensor:
 def integers(name: str) -> dict[str, Any]:
     """Whether a network can be made in the hardware profile and has an integer form; `ValueError` where logits differ."""
     smallest, arguments = small_images(name)
+    refused = ""
     for size in dict.fromkeys((smallest, *_OTHER_SIZES)):
         try:
             model = profile(name, size, dict.fromkeys(arguments, size))
@@ -300,8 +301,11 @@ def integers(name: str) -> dict[str, Any]:
         except ValueError as error:
             refused = str(error)
             if "image size" not in refused:
-                return {"size": size, "refused": refused[:500]}
+                model = merged_profile(name, size, dict.fromkeys(arguments, size))
+                break
     else:
+        model = None
+    if model is None:
         return {"size": size, "refused": refused[:500]}
     macs = sum(layer.macs for layer in model.strategy.values())
     row = {"size": size, "macs": macs, "proven": macs <= _MOST_MACS}
@@ -311,11 +315,21 @@ def integers(name: str) -> dict[str, Any]:
         found = integer_network(model).logits(images)
         if not torch.equal(found, _logits(model.double(), images.double())) or not found.any():
             raise ValueError("integers and the model in float64 give other logits")
-    return row
+    return {**row, "reparameterize": True} if model.config.reparameterize else row
+
+
+def merged_profile(name: str, size: int, arguments: dict[str, Any]) -> SDQForImageClassification | None:
+    """The model with the branches of its training merged; None where it has none, or no integer form with them merged."""
+    try:
+        model = profile(name, size, arguments, reparameterize=True)
+        integer_network(model)
+    except ValueError:
+        return None
+    return model
 
 
 @torch.no_grad()
-def profile(name: str, size: int, arguments: dict[str, Any]) -> SDQForImageClassification:
+def profile(name: str, size: int, arguments: dict[str, Any], **fields: Any) -> SDQForImageClassification:
     """A model in the hardware profile, in eval mode, whose layers have random weights; everything else is zero."""
     with torch.device("meta"):
         config = SDQConfig(
@@ -325,6 +339,7 @@ def profile(name: str, size: int, arguments: dict[str, Any]) -> SDQForImageClass
             num_labels=10,
             scales="power_of_two",
             weight_scale="channel",
+            **fields,
         )
         model = SDQForImageClassification(config).eval()
     model.to_empty(device="cpu")
@@ -436,7 +451,13 @@ def integers_table(content: dict[str, Any]) -> str:
         reasons = Counter(reason(row.get("refused") or row["error"]) for row in tried.values() if "macs" not in row)
         if goes:
             stops = ", ".join(f"{words} ({count})" for words, count in reasons.most_common())
-            names = ", ".join(patterns(goes, [name for name in known if name not in goes]))
+            merged = [name for name in goes if tried[name].get("reparameterize")]
+            names = ", ".join(
+                ("merged: " * (some is merged))
+                + ", ".join(patterns(some, [name for name in known if name not in some]))
+                for some in ([name for name in goes if name not in merged], merged)
+                if some
+            )
             lines.append(f"| {family} | {len(goes)} of {len(tried)} | {sizes[family]} | {names} | {stops} |")
         else:
             none.setdefault(reasons.most_common(1)[0][0], []).append(f"{family} ({len(tried)})")

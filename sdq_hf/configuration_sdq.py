@@ -40,6 +40,9 @@ class SDQConfig(PretrainedConfig):
         scales (`str`): "float", or "power_of_two" for hardware that shifts where others multiply: the units of weights and
             inputs are powers of two, biases are whole numbers, and batch norm is folded into the layer before it, so the
             network is one without. See `SDQForImageClassification.to_hardware_profile`.
+        reparameterize (`bool`): merge the branches that RepVGG, MobileOne and their like have for training into one
+            convolution each, by timm's `reparameterize_model`, and quantize that. Branches that were quantized one by one
+            could not be merged.
         average_sizes (`dict[str, list[int]]`, *optional*): name of each global average pooling -> [height, width] of what it
             averages; with scales of powers of two the weights behind it are for that size. The model sets it.
         activation_bits (`int`): bits of the inputs of all layers between the first and the last, 1 to 8, or 32 for float.
@@ -64,6 +67,7 @@ class SDQConfig(PretrainedConfig):
         weight_grid: str = "midrise",
         weight_scale: str = "layer",
         scales: str = "float",
+        reparameterize: bool = False,
         average_sizes: dict[str, list[int]] | None = None,
         activation_bits: int = 4,
         first_last_bits: int = 8,
@@ -81,6 +85,7 @@ class SDQConfig(PretrainedConfig):
         self.weight_grid = weight_grid
         self.weight_scale = weight_scale
         self.scales = scales
+        self.reparameterize = reparameterize
         self.average_sizes = average_sizes
         self.activation_bits = activation_bits
         self.first_last_bits = first_last_bits
@@ -104,6 +109,8 @@ class SDQConfig(PretrainedConfig):
         for field, value in (("granularity", "kernel"), ("weight_scale", "channel")):
             if getattr(self, field) == value and self.weight_quantizer != "lsq":
                 raise ValueError(f"{field} {value!r} needs weight_quantizer 'lsq', got {self.weight_quantizer!r}.")
+        if not isinstance(self.reparameterize, bool):
+            raise ValueError(f"reparameterize must be true or false, got {short(self.reparameterize)}.")
         _check_average_sizes(self.average_sizes)
         _check_architecture(self.architecture)
         if self.base_model is not None and not isinstance(self.base_model, str):
@@ -179,6 +186,7 @@ _DECIDED = {
     "weight_quantizer": _MADE_ANEW,
     "weight_grid": _MADE_ANEW,
     "weight_scale": _MADE_ANEW,
+    "reparameterize": _MADE_ANEW,
     "scales": "use model.to_hardware_profile(batches).",
 }
 

@@ -6,6 +6,8 @@ import re
 from dataclasses import replace
 from typing import Any, cast
 
+import torch
+from timm.utils import reparameterize_model
 from torch import Tensor, nn
 
 from .backbones import create_backbone
@@ -15,21 +17,38 @@ from .folding import fold, folded_state
 from .layers import count_macs, own_forward, quantizable_layers
 from .strategy import FLOAT_BITS, LayerBits, Strategy, unknown_layer
 
+# Attribute of a network that is merged already: some families cannot be asked twice.
+_MERGED = "_sdq_merged"
+
 
 def configured_backbone(config: SDQConfig) -> nn.Module:
     """The timm network of `config`, in the form for its quantizers, with the weights that timm initialises it with.
 
-    That is folded (`sdq_hf.folding`), and with scales of powers of two without batch norm (`sdq_hf.batch_norm`).
+    That is merged where `config.reparameterize` asks for it, folded (`sdq_hf.folding`), and with scales of powers of two
+    without batch norm (`sdq_hf.batch_norm`). Raises `ValueError` where there is nothing to merge.
     """
-    return _formed(config, timm_backbone(config))
+    network = timm_backbone(config)
+    layers = set(quantizable_layers(network))
+    network = _formed(config, network)
+    if config.reparameterize and layers == set(quantizable_layers(network)):
+        raise ValueError(f"reparameterize: timm has nothing to merge in {config.architecture}: leave it out.")
+    return network
 
 
 def configured_state(config: SDQConfig, network: nn.Module) -> dict[str, Tensor]:
     """The `state_dict` that timm's `network` would have in that form; the network stays as it is."""
-    return folded_state(network) if config.scales == "float" else _formed(config, copy.deepcopy(network)).state_dict()
+    if config.scales == "float" and not config.reparameterize:
+        return folded_state(network)
+    return _formed(config, copy.deepcopy(network)).state_dict()
 
 
 def _formed(config: SDQConfig, network: nn.Module) -> nn.Module:
+    if config.reparameterize and not getattr(network, _MERGED, False):
+        with torch.no_grad():
+            network = reparameterize_model(network, inplace=True)
+        # timm detaches what it merges.
+        network.requires_grad_()
+        setattr(network, _MERGED, True)
     network = fold(network)
     return network if config.scales == "float" else fold_batch_norm(network, config.input_size)
 

@@ -8,11 +8,15 @@ import torch
 import torch.nn.functional as F
 from timm.layers import Conv2dSame, ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
 from timm.models import register_model
+from timm.models.byobnet import ByoBlockCfg, ByobNet, ByoModelCfg
+from timm.utils import reparameterize_model
 from torch import nn
 
 from sdq_hf import SDQForImageClassification
 from sdq_hf.folding import fold, folded_state
 from sdq_hf.quantizers.activation import activation_range
+
+from .test_hardware_profile import trained_looks
 
 
 def images(channels=3, size=32, seed=0, batch=4):
@@ -46,6 +50,13 @@ class OddNet(nn.Module):
 @register_model
 def odd_net(num_classes=10, in_chans=3, unused=False, **of_every_timm_model):
     return OddNet(num_classes, in_chans, unused)
+
+
+@register_model
+def tiny_repvgg(num_classes=10, in_chans=3, rep_block="rep", **of_every_timm_model):
+    """A RepVGG, or with `rep_block` "one" a MobileOne, of three blocks of branches and 32 channels."""
+    blocks = (ByoBlockCfg(rep_block, d=1, c=16, s=2), ByoBlockCfg(rep_block, d=2, c=32, s=2))
+    return ByobNet(ByoModelCfg(blocks, stem_type=rep_block, stem_chs=8), num_classes, in_chans)
 
 
 def from_float(name, size=32, num_classes=10, **options):
@@ -165,6 +176,56 @@ def test_attention_biases_are_not_kept_from_one_forward_to_the_next():
     after.sum().backward()
     assert biases
     assert not torch.equal(before, after)
+
+
+@pytest.mark.parametrize("rep_block", ["rep", "one"])
+def test_branches_of_the_training_are_merged_before_anything_is_quantized(rep_block, tmp_path):
+    options = {"img_size": 32, "model_args": {"rep_block": rep_block}, "reparameterize": True}
+    torch.manual_seed(0)
+    network = trained_looks(timm.create_model("tiny_repvgg", num_classes=10, rep_block=rep_block)).eval()
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    model = SDQForImageClassification.from_float(network, "tiny_repvgg", **options).eval()
+    assert list(model.strategy) == [
+        *(
+            "stem.reparam_conv",
+            "stages.0.0.reparam_conv",
+            "stages.1.0.reparam_conv",
+            "stages.1.1.reparam_conv",
+            "head.fc",
+        )
+    ]
+    with model.float_mode(), torch.no_grad():
+        torch.testing.assert_close(model(images()).logits, network(images()))
+    # The network stays as it was, and timm's merging leaves nothing frozen.
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    other = SDQForImageClassification.from_timm("tiny_repvgg", num_labels=10, **options)
+    other.load_float_state(before)
+    assert all(torch.equal(other.state_dict()[k], v) for k, v in model.state_dict().items() if not k.endswith("step"))
+    check_whole_way(model, images(), tmp_path)
+
+
+def test_what_is_merged_is_not_merged_again(monkeypatch):
+    """As for the profile, whose weights come from the merged network: timm's FastViT cannot be asked twice."""
+    seen = []
+
+    def merge(network, inplace):
+        seen.append(any(name.endswith("conv_kxk") for name, _ in network.named_modules()))
+        return reparameterize_model(network, inplace)
+
+    monkeypatch.setattr("sdq_hf.configured.reparameterize_model", merge)
+    model = SDQForImageClassification.from_timm("tiny_repvgg", num_labels=10, img_size=32, reparameterize=True)
+    profile = model.to_hardware_profile([images()])
+    assert list(profile.strategy) == list(model.strategy)
+    assert seen
+    assert all(seen)
+
+
+def test_a_network_without_such_branches_is_named():
+    with pytest.raises(ValueError, match="timm has nothing to merge in resnet8_cifar: leave it out"):
+        SDQForImageClassification.from_timm("resnet8_cifar", reparameterize=True)
+    with pytest.raises(ValueError, match="reparameterize must be true or false, got 'yes'"):
+        SDQForImageClassification.from_timm("tiny_repvgg", reparameterize="yes")
 
 
 def test_shared_modules_and_weights_go_the_whole_way(tmp_path):

@@ -55,6 +55,8 @@ def integer_network(model: SDQForImageClassification) -> IntegerNetwork:
         )
     if not model.is_calibrated():
         raise ExportError("The activation steps of the model were never fitted: call model.calibrate(images).")
+    if not all(layer.enabled for layer in model.quantized_layers().values()):
+        raise ExportError("The model is in float_mode: leave that first, its quantizers make the integers.")
     network = model.timm_model
     graph = fx.GraphModule(network, trace(network))
     graph.graph.eliminate_dead_code()

@@ -55,6 +55,9 @@ class ModelArguments:
     scales: Literal["float", "power_of_two"] = _option(
         "float", "power_of_two: train in the hardware profile, without batch norm and with scales that are shifts."
     )
+    reparameterize: bool = _option(
+        False, "Merge the training branches of RepVGG, MobileOne and their like before anything is quantized."
+    )
 
 
 @dataclass

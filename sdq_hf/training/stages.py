@@ -234,6 +234,7 @@ class Run:
             weight_grid=model.weight_grid,
             weight_scale=model.weight_scale,
             scales=model.scales,
+            reparameterize=model.reparameterize,
             base_model=hub_id(network) if model.pretrained and not model.pretrained_path else None,
         )
         if self.arguments.run.grad_checkpointing:

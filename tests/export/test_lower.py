@@ -11,6 +11,7 @@ from sdq_hf.export.lower import ExportError, integer_network
 from sdq_hf.quantizers.positive import set_floors
 
 from ..test_hardware_profile import Case, model_of
+from ..test_networks import tiny_repvgg  # noqa: F401 (timm knows it then)
 
 
 def profile_of(architecture: str = "resnet8_cifar", size: int = 16, **options) -> Case:
@@ -39,6 +40,7 @@ def simulated(model: SDQForImageClassification, images: torch.Tensor) -> torch.T
         ("mobilenetv2_025_cifar", 16, {}),
         ("test_resnet", 32, {}),
         ("tf_mobilenetv3_small_minimal_100", 64, {}),
+        ("tiny_repvgg", 32, {"reparameterize": True}),
         # Its blocks call one ReLU twice.
         ("dla34", 32, {"model_args": {"levels": [1, 1, 1, 1, 1, 1], "channels": [8] * 6}}),
     ],
@@ -168,6 +170,12 @@ def test_a_model_whose_size_of_images_was_changed_is_refused():
 def test_a_model_that_is_not_in_the_profile_is_refused():
     model, _ = model_of()
     with pytest.raises(ExportError, match="not in the hardware profile: its scales are floats"):
+        integer_network(model)
+
+
+def test_a_model_in_float_mode_is_refused():
+    model, _ = profile_of()
+    with model.float_mode(), pytest.raises(ExportError, match="in float_mode: leave that first"):
         integer_network(model)
 
 
