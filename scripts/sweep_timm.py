@@ -13,9 +13,9 @@ clips, in place of the default `lsq`; the table says which.
 
 Part "integers": each architecture of at most `--most_params` parameters is made in the hardware profile, at the smallest
 image size that it runs on, and at 64 and 224 pixels where that size is what is refused. "refused" is what the library says of
-the first thing that has no integer form. What timm can merge for inference is tried merged then ("reparameterize"). Where all has one and an image takes at most `_MOST_MACS`, two images are computed
-by integers and by the model in float64, and the logits must be equal. Weights are random, and scales are those of the
-largest weights, without a search.
+the first thing that has no integer form. What timm can merge for inference is tried merged then ("reparameterize"). Where all
+has one and an image takes at most `_MOST_MACS`, two images are computed by integers and by the model in float64, and the
+logits must be equal. Weights are random, and scales are those of the largest weights, without a search.
 
 All parts work in a child process. When it dies, or a network takes longer than `--timeout`, that is what the row says,
 and another child goes on with the next one. Run again, the script goes on with what is missing.
