@@ -5,7 +5,8 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -199,6 +200,20 @@ def tuned(
         "finetune_seconds": round(row["finetune_seconds"], 1),
         **look(model),
     }
+
+
+@contextmanager
+def other_order(run: Run, seed: int) -> Iterator[None]:
+    """Inside, trainings of `run` draw images and augmentations in another order; splits and networks stay its own."""
+    own, loaders = run.arguments.run.seed, dict(run._loaders)
+    run.arguments.run.seed = seed
+    run._loaders.clear()
+    try:
+        yield
+    finally:
+        run.arguments.run.seed = own
+        run._loaders.clear()
+        run._loaders.update(loaders)
 
 
 def as_found(run: Run, strategy: Strategy) -> dict[str, float]:

@@ -4,7 +4,8 @@
         --out docs/results/stability-mobilenetv1_025_cifar.json
 
 On the float network of each seed the search is run with other draws (`--search_seeds`), with each of its options a third
-and three times its default, and with other draws and several times the images ("thorough"). Each strategy is fine-tuned, and
+and three times its default, and with other draws and several times the images ("thorough"). One strategy is fine-tuned with
+images in other orders ("order"), which is the noise of all the others. Each strategy is fine-tuned, and
 judged on the validation split: the test split chooses no default. Agreement is Spearman's correlation between the bits of two
 searches, mean over pairs; what cost alone explains is taken out in a second number (partial correlation, given the rank of
 the layer's cost of a bit).
@@ -16,11 +17,12 @@ import argparse
 import itertools
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 from scipy.stats import rankdata, spearmanr
-from study_common import Cell, add_options, mean_and_error, read, tuned, work
+from study_common import Cell, add_options, mean_and_error, other_order, read, tuned, work
 
 from sdq_hf.costs import get_cost
 from sdq_hf.search import SearchLog, search
@@ -40,6 +42,11 @@ OPTIONS: dict[str, tuple[float, ...]] = {
 THOROUGH = {"min_draws": 9, "max_draws": 39, "batch_size": 192}
 # Options of which searches with other draws are compared.
 DRAWN = ("default", "thorough")
+LABELS = {
+    "default": "default, other draws",
+    "thorough": "thorough, other draws",
+    "order": "default, one strategy, other orders of images",
+}
 
 
 def main() -> None:
@@ -48,6 +55,9 @@ def main() -> None:
     parser.add_argument("--target_bitops", type=float, default=2.0, help="budget: BitOPs of so many uniform bits")
     parser.add_argument("--several_bits", type=float, nargs="*", default=[1.5, 2.0, 2.5, 3.0, 3.6])
     parser.add_argument("--search_seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument(
+        "--orders", type=int, nargs="*", default=[101, 102, 103, 104], help="seeds of the images' order"
+    )
     parser.add_argument("--options", nargs="*", default=list(OPTIONS), choices=list(OPTIONS))
     options = parser.parse_args()
     if not options.table:
@@ -60,6 +70,7 @@ def cells(options: argparse.Namespace) -> Iterator[Cell]:
         rows = [("default", 0.0, search_seed) for search_seed in options.search_seeds]
         rows += [(option, value, options.search_seeds[0]) for option in options.options for value in OPTIONS[option]]
         rows += [("thorough", 0.0, search_seed) for search_seed in options.search_seeds]
+        rows += [("order", float(order), options.search_seeds[0]) for order in options.orders]
         rows.append(("budgets", 0.0, options.search_seeds[0]))
         for row in rows:
             yield dict(zip(FIELDS, (seed, *row, options.activation_bits), strict=True))
@@ -69,7 +80,7 @@ def measure(options: argparse.Namespace, run: Run, cell: Mapping[str, Any]) -> C
     option, value, search_seed = cell["option"], cell["value"], cell["search_seed"]
     if option == "budgets":
         return one_descent(options, run, search_seed)
-    given: dict[str, Any] = {"default": {}, "thorough": THOROUGH}.get(option, {option: value})
+    given: dict[str, Any] = {"default": {}, "thorough": THOROUGH, "order": {}}.get(option, {option: value})
     given = {"batch_size": options.search_batch_size, **given}
     batch_size = int(given.pop("batch_size"))
     log, budget = SearchLog(), get_cost("bitops").of_uniform(run.base.strategy, options.target_bitops)
@@ -80,7 +91,8 @@ def measure(options: argparse.Namespace, run: Run, cell: Mapping[str, Any]) -> C
     about = {"method": "two_sided", "cost": "bitops", "budget": budget, "seconds": 0.0}
     macs = [strategy[name].macs for name in strategy.searchable]
     name = f"{option}-{value}-{search_seed}"
-    result = tuned(run, name, strategy, about, options.epochs)
+    with other_order(run, int(value)) if option == "order" else nullcontext():
+        result = tuned(run, name, strategy, about, options.epochs)
     return {**result, "macs": macs, "search_batches": log.batches, "search_images": log.backward_images}
 
 
@@ -123,14 +135,15 @@ def table(cells: list[Cell]) -> str:
     groups: dict[tuple[str, float], list[Cell]] = {}
     for cell in cells:
         if cell["option"] != "budgets":
-            groups.setdefault((cell["option"], cell["value"]), []).append(cell)
+            value = 0.0 if cell["option"] == "order" else cell["value"]
+            groups.setdefault((cell["option"], value), []).append(cell)
     for (option, value), members in groups.items():
         kl, top1 = (
             mean_and_error([c["validation"][key] for c in members], digits) for key, digits in (("kl", 4), ("top1", 2))
         )
         bits = statistics.fmean(c["average_bits"] for c in members)
         images = statistics.fmean(c["search_images"] for c in members)
-        label = f"{option}, other draws" if option in DRAWN else f"{option} {value:g}"
+        label = LABELS.get(option, f"{option} {value:g}")
         lines.append(f"| {label} | {kl} | {top1} | {bits:.2f} | {images:,.0f} | {len(members)} |")
     for seed in sorted({cell["seed"] for cell in cells}):
         for option in DRAWN:

@@ -292,19 +292,17 @@ def _logits(model: SDQForImageClassification, images: Tensor) -> Tensor:
 def integers(name: str) -> dict[str, Any]:
     """Whether a network can be made in the hardware profile and has an integer form; `ValueError` where logits differ."""
     smallest, arguments = small_images(name)
-    refused = ""
+    refused, model = "", None
     for size in dict.fromkeys((smallest, *_OTHER_SIZES)):
         try:
             model = profile(name, size, dict.fromkeys(arguments, size))
             integer_network(model)
             break
         except ValueError as error:
-            refused = str(error)
+            refused, model = str(error), None
             if "image size" not in refused:
                 model = merged_profile(name, size, dict.fromkeys(arguments, size))
                 break
-    else:
-        model = None
     if model is None:
         return {"size": size, "refused": refused[:500]}
     macs = sum(layer.macs for layer in model.strategy.values())
