@@ -14,7 +14,7 @@ help:  ## List the targets.
 	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --constraint constraints.txt --editable '.[dev,trackers,demo,onnx,fpga,da4ml]'
 	touch $@
 
-demo: .venv/installed  ## SDQ's whole job on the bundled sample, about 4 minutes; after Ctrl-C: make demo ARGS=--resume; anew: ARGS=--overwrite
+demo: .venv/installed  ## SDQ's whole job on the bundled sample, about 5 minutes; after Ctrl-C: make demo ARGS=--resume; anew: ARGS=--overwrite
 	$(BIN)/python scripts/run_sdq.py scripts/demo.yaml --cpu true $(ARGS)
 
 # A process for each core, and a core for each process: threads of several torches stand in each other's way.
