@@ -129,22 +129,23 @@ def agreement(bits: Sequence[Sequence[int]], costs: Sequence[float]) -> tuple[fl
 def table(cells: list[Cell]) -> str:
     """Markdown: validation KL of each setting, agreement of the draws, and equality of the descents."""
     lines = [
-        "| search | validation KL, nats | validation top-1, % | average bits | images searched | runs |",
-        "|---|---|---|---|---|---|",
+        "| float network | search | validation KL, nats | validation top-1, % | average bits | images searched | runs |",
+        "|---|---|---|---|---|---|---|",
     ]
-    groups: dict[tuple[str, float], list[Cell]] = {}
+    # A row is of one float network: they differ more than searches do.
+    groups: dict[tuple[int, str, float], list[Cell]] = {}
     for cell in cells:
         if cell["option"] != "budgets":
             value = 0.0 if cell["option"] == "order" else cell["value"]
-            groups.setdefault((cell["option"], value), []).append(cell)
-    for (option, value), members in groups.items():
+            groups.setdefault((cell["seed"], cell["option"], value), []).append(cell)
+    for (seed, option, value), members in groups.items():
         kl, top1 = (
             mean_and_error([c["validation"][key] for c in members], digits) for key, digits in (("kl", 4), ("top1", 2))
         )
         bits = statistics.fmean(c["average_bits"] for c in members)
         images = statistics.fmean(c["search_images"] for c in members)
         label = LABELS.get(option, f"{option} {value:g}")
-        lines.append(f"| {label} | {kl} | {top1} | {bits:.2f} | {images:,.0f} | {len(members)} |")
+        lines.append(f"| {seed} | {label} | {kl} | {top1} | {bits:.2f} | {images:,.0f} | {len(members)} |")
     for seed in sorted({cell["seed"] for cell in cells}):
         for option in DRAWN:
             draws = [c for c in cells if c["seed"] == seed and c["option"] == option]

@@ -186,13 +186,11 @@ def test_branches_of_the_training_are_merged_before_anything_is_quantized(rep_bl
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     model = SDQForImageClassification.from_float(network, "tiny_repvgg", **options).eval()
     assert list(model.strategy) == [
-        *(
-            "stem.reparam_conv",
-            "stages.0.0.reparam_conv",
-            "stages.1.0.reparam_conv",
-            "stages.1.1.reparam_conv",
-            "head.fc",
-        )
+        "stem.reparam_conv",
+        "stages.0.0.reparam_conv",
+        "stages.1.0.reparam_conv",
+        "stages.1.1.reparam_conv",
+        "head.fc",
     ]
     with model.float_mode(), torch.no_grad():
         torch.testing.assert_close(model(images()).logits, network(images()))

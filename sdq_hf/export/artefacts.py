@@ -153,8 +153,8 @@ def _test_vectors(
     network: IntegerNetwork, head: Layer, source: Quantize, settings: Settings
 ) -> tuple[np.ndarray, np.ndarray]:
     """Inputs [N, inputs] and outputs [N, outputs] of the classifier `head` by the integers, for a test bench."""
-    images = torch.cat([settings.tests, made_images(network)])
-    return network.integers_of(source.name, images).numpy(), network.integers_of(head.name, images).numpy()
+    values = network.run(torch.cat([settings.tests, made_images(network)]), keep=True)
+    return values[source.name].numpy(), values[head.name].numpy()
 
 
 def _simulated(

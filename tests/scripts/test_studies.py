@@ -134,9 +134,12 @@ def test_the_study_of_landscapes_has_four_surfaces_and_a_picture(study, tmp_path
 
 
 def test_one_descent_gives_the_strategies_of_a_search_for_each_budget(study, tmp_path):
-    options = "--several_bits 4.5 5 --target_bitops 5 --search_seeds 0 --options --search_batch_size 8"
+    options = "--several_bits 4.5 5 --target_bitops 5 --search_seeds 0 --orders 7 --options --search_batch_size 8"
     printed, cells = study(study_stability, options, tmp_path / "study_stability.json")
-    default, thorough, descents = cells
+    default, thorough, order, descents = cells
+    # The same strategy, fine-tuned with images in another order.
+    assert order["bits"] == default["bits"]
+    assert order["validation"]["kl"] != default["validation"]["kl"]
     assert thorough["search_images"] > 3 * default["search_images"]
     assert descents["bits_of"]["one"] == descents["bits_of"]["separate"]
     assert descents["images_of"]["one"] < descents["images_of"]["separate"]
