@@ -87,24 +87,28 @@ def _onnx(network: IntegerNetwork, folder: Path, settings: Settings) -> Written:
 def _onnx_int8(network: IntegerNetwork, folder: Path, settings: Settings) -> Written:
     needed("onnx", "onnx")
     needed("onnxruntime", "onnx")
-    from .onnx_int8 import export_onnx_int8
+    from .onnx_int8 import SESSION, export_onnx_int8
 
     path = folder / "model.int8.onnx"
     export_onnx_int8(network, path, [settings.calibration])
     # Every tensor has 8 bits there, and the kernels that are worth it are fused.
-    return Written(lambda batch: run_onnx(path, batch, fused=True), exact=False)
+    return Written(lambda batch: run_onnx(path, batch, True, SESSION), exact=False, facts={"session": SESSION})
 
 
-def run_onnx(path: Path, images: Tensor, fused: bool = False) -> np.ndarray:
+def run_onnx(
+    path: Path, images: Tensor, fused: bool = False, session_entries: Mapping[str, str] | None = None
+) -> np.ndarray:
     """Logits (float32 [B, num_labels]) of images (float32 [B, C, H, W]) by ONNX Runtime on a CPU.
 
     fused: with all of its optimisations. Without, with the basic ones, which keep every operation: the others put numbers
-    together that were rounded apart.
+    together that were rounded apart. session_entries: of the session's configuration.
     """
     ort = needed("onnxruntime", "onnx")
     options = ort.SessionOptions()
     levels = ort.GraphOptimizationLevel
     options.graph_optimization_level = levels.ORT_ENABLE_ALL if fused else levels.ORT_ENABLE_BASIC
+    for key, value in (session_entries or {}).items():
+        options.add_session_config_entry(key, value)
     session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     source = session.get_inputs()[0].name
     return np.concatenate([session.run(None, {source: part.numpy()})[0] for part in images.split(BATCH)])
@@ -154,7 +158,8 @@ def _test_vectors(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Inputs [N, inputs] and outputs [N, outputs] of the classifier `head` by the integers, for a test bench."""
     values = network.run(torch.cat([settings.tests, made_images(network)]), keep=True)
-    return values[source.name].numpy(), values[head.name].numpy()
+    # The Verilog gives sums, before they are brought to one unit.
+    return values[source.name].numpy(), (values[head.name] >> head.shifts).numpy()
 
 
 def _simulated(

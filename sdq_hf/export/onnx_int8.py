@@ -9,6 +9,9 @@ The file is a graph of `QuantizeLinear` and `DequantizeLinear` around float oper
   a sum, the sum itself, what several layers round in different ways. That is what makes the logits differ.
 - Weights are int8 with a scale for each output channel, and equal the model's wherever its integers fit, which is up to 7
   bits and in two's complement. Mid-rise weights of 8 bits, odd integers up to 255, are rounded to 255 levels.
+
+Processors without VNNI add two products of uint8 and int8 in 16 bits, which saturate. ONNX Runtime computes with uint8
+weights there, exactly, where a session has the entries of `SESSION`; others are not touched by them.
 """
 
 import math
@@ -29,6 +32,8 @@ from .onnx_qdq import INPUT, GraphWriter, check_layer, conv_attributes, input_of
 # The first opset with scales for each channel: runtimes of many years read it.
 _OPSET, _IR_VERSION = 13, 7
 _IMAGES = 16
+# Entries of an ONNX Runtime session's configuration that the file is to be run with.
+SESSION = {"session.x64quantprecision": "1"}
 
 
 def export_onnx_int8(network: IntegerNetwork, path: str | Path, batches: Iterable[Any]) -> None:

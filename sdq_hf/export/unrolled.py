@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..quantizers.activation import activation_range
 from ..writing import write_json, write_text
 from .lower import ExportError
 from .optional import needed
@@ -98,8 +99,9 @@ def write_unrolled_check(folder: str | Path, x: NDArray[np.int64], expected: NDA
     folder = Path(folder)
     head = json.loads((folder / "head.json").read_text())
     _bench(folder, head, x, CHECKS)
-    codes = (expected >> head["output_shift"]) & (2 ** head["output_bits"] - 1)
-    write_text(folder / CHECKS.outputs, hex_words(codes, head["output_bits"]))
+    bits, codes = head["output_bits"], expected >> head["output_shift"]
+    check_vectors(codes, head["outputs"], activation_range(bits, head["output_signed"]), "expected")
+    write_text(folder / CHECKS.outputs, hex_words(codes & (2**bits - 1), bits))
 
 
 def _bench(folder: Path, head: Mapping[str, Any], x: NDArray[np.int64], bench: Bench) -> None:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,11 @@ from sdq_hf.export.verify import made_images
 from ..test_hardware_profile import Case, trained_looks
 
 NEEDED = {"qonnx": "qonnx", "onnx": "onnxruntime", "hls4ml": "hls4ml", "verilog": "torch", "da4ml": "da4ml"}
+# Benches that are exported beside the Verilog, with what they take of it.
+BENCHES = {
+    target: f"iverilog -g2005 -s testbench -o ../bench {sources} && vvp -n ../bench"
+    for target, sources in {"verilog": "*.v", "da4ml": "testbench.v src/*.v src/static/*.v"}.items()
+}
 PROGRAMS = {"hls4ml": "g++", "verilog": "iverilog", "da4ml": "iverilog"}
 
 
@@ -98,5 +104,10 @@ def test_every_export_computes_the_integers(tmp_path: Path, target: str, grid: s
         pytest.skip(f"What the target {target} needs is not here.")
     model, images = awkward(weight_grid=grid)
     report = export_model(model, tmp_path / "out", [target], images)
+    if target in BENCHES:
+        said = subprocess.run(
+            BENCHES[target], shell=True, cwd=tmp_path / "out" / target, capture_output=True, text=True
+        )
+        assert "PASS" in said.stdout, said
     found = [c for c in report["comparisons"] if c["what"] == target]
     assert [(c["images"], c["equal"], c["max_difference"]) for c in found] == [("real", True, 0), ("made", True, 0)]

@@ -10,7 +10,7 @@ ort = pytest.importorskip("onnxruntime")
 
 from sdq_hf.export.graph import Add, Clip, IntegerNetwork, Layer, MaxPool, Node, Quantize  # noqa: E402
 from sdq_hf.export.lower import ExportError, integer_network  # noqa: E402
-from sdq_hf.export.onnx_int8 import export_onnx_int8, int8_weight, ranges  # noqa: E402
+from sdq_hf.export.onnx_int8 import SESSION, export_onnx_int8, int8_weight, ranges  # noqa: E402
 
 from .test_lower import profile_of  # noqa: E402
 from .test_onnx_qdq import LEVELS, Square, conv, logits_of, small  # noqa: E402
@@ -160,7 +160,7 @@ def test_whole_networks_run_in_integer_kernels_and_come_near(tmp_path: Path, arc
     network = integer_network(model)
     export_onnx_int8(network, tmp_path / "model.onnx", [{"pixel_values": images}])
     wanted = network.logits(images)
-    got = logits_of(tmp_path / "model.onnx", images, LEVELS.ORT_ENABLE_ALL)
+    got = logits_of(tmp_path / "model.onnx", images, LEVELS.ORT_ENABLE_ALL, SESSION)
     assert (got - wanted).norm() < 0.1 * wanted.norm()
     options = ort.SessionOptions()
     options.optimized_model_filepath, options.log_severity_level = str(tmp_path / "run.onnx"), 3

@@ -32,14 +32,16 @@ from .test_lower import profile_of  # noqa: E402
 LEVELS = ort.GraphOptimizationLevel
 
 
-def session_of(path: Path, level=LEVELS.ORT_ENABLE_BASIC):
+def session_of(path: Path, level=LEVELS.ORT_ENABLE_BASIC, entries=None):
     options = ort.SessionOptions()
     options.graph_optimization_level, options.intra_op_num_threads = level, 1
+    for key, value in (entries or {}).items():
+        options.add_session_config_entry(key, value)
     return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def logits_of(path: Path, images: torch.Tensor, level=LEVELS.ORT_ENABLE_BASIC) -> torch.Tensor:
-    (logits,) = session_of(path, level).run(["logits"], {"pixel_values": images.numpy()})
+def logits_of(path: Path, images: torch.Tensor, level=LEVELS.ORT_ENABLE_BASIC, entries=None) -> torch.Tensor:
+    (logits,) = session_of(path, level, entries).run(["logits"], {"pixel_values": images.numpy()})
     return torch.from_numpy(logits).double()
 
 
