@@ -515,6 +515,8 @@ class Run:
         )
         recalibrate(model, loaders, self.accelerator, options.bn_batches, reference)
         metrics = evaluate(model, loaders["validation"], self.accelerator, reference=self.network)
+        # By all ranks: the batches of a stream are handed out by the main process, which would wait for the others.
+        images = next(iter(loaders["validation"]))["pixel_values"]
         if self.accelerator.is_main_process:
             folder = self.folder / "models" / name
             beside = folder.with_name(f".{name}.new")
@@ -522,7 +524,7 @@ class Run:
             with writing(beside):
                 model.eval().save_pretrained(beside, print_size=False)
             plot_weights(model, beside / "plots" / "weights.png")
-            _check_reloaded(model, beside, next(iter(loaders["validation"]))["pixel_values"])
+            _check_reloaded(model, beside, images)
             remove(folder)
             os.replace(beside, folder)
             print(f"{model.size_report(folder)} Loaded back: logits are bit-identical.", flush=True)

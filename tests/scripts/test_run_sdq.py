@@ -397,14 +397,19 @@ def test_without_distillation_labels_are_learned_whatever_the_teacher_says(data,
     assert top1 > 90 if learns else top1 < 50
 
 
-def test_a_stream_is_searched_and_trained_by_updates_and_resumes(data, tmp_path, capsys):
+def streamed_images(folder):
+    """Options of a run on a stream, whose images are put in `folder`."""
     for split, count in (("train", 160), ("validation", 40), ("test", 40)):
         for place, (image, label) in enumerate(zip(*pictures(count, seed=count), strict=True)):
-            folder = tmp_path / "images" / split / f"class{label}"
-            folder.mkdir(parents=True, exist_ok=True)
-            PILImage.fromarray(image).save(folder / f"{place}.png")
-    streamed = {"streaming": "true", "teacher_epochs": None, "controls": "none", "target_bitops": None, "epochs": None}
-    streamed |= {"dataset": tmp_path / "images", "target_bits": 5}
+            of_class = folder / split / f"class{label}"
+            of_class.mkdir(parents=True, exist_ok=True)
+            PILImage.fromarray(image).save(of_class / f"{place}.png")
+    changes = {"dataset": folder, "streaming": "true", "controls": "none", "target_bits": 5, "target_bitops": None}
+    return {**changes, "teacher_epochs": None, "epochs": None}
+
+
+def test_a_stream_is_searched_and_trained_by_updates_and_resumes(data, tmp_path, capsys):
+    streamed = streamed_images(tmp_path / "images")
     steps = {"teacher_max_steps": 25, "max_steps": 8, "eval_steps": 3, "gradient_accumulation_steps": 2}
     assert main(options(data, tmp_path / "run", **streamed)) == 2
     assert "give --max_steps instead of --epochs" in capsys.readouterr().err
@@ -427,12 +432,17 @@ def test_a_stream_is_searched_and_trained_by_updates_and_resumes(data, tmp_path,
     assert "8 updates of fine-tuning on streamed images" in card
 
 
-def launch(arguments, script=SCRIPT, environment=()):
-    """The run in two processes."""
+def launch(arguments, script=SCRIPT, environment=(), timeout=None):
+    """The run in two processes; one that takes more than `timeout` seconds fails."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **dict(environment)}
     return subprocess.run(
-        [*launcher, str(script), *arguments], capture_output=True, text=True, check=False, env=environment
+        [*launcher, str(script), *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+        timeout=timeout,
     )
 
 
@@ -458,6 +468,16 @@ def test_two_processes_find_one_strategy_and_write_one_result(finished_by_two):
     for name in ("sdq-bits-5", "sdq-bitops-5"):
         model = SDQForImageClassification.from_pretrained(folder / "models" / name)
         assert rows_of(folder)[name]["average_bits"] == model.strategy.average_bits() <= 6
+
+
+def test_two_processes_share_a_stream_to_the_end(data, tmp_path):
+    streamed = streamed_images(tmp_path / "images")
+    steps = {"batch_size": 16, "teacher_batch_size": None, "teacher_max_steps": 4, "max_steps": 2, "search": "uniform"}
+    done = launch(options(data, tmp_path / "run", **streamed, **steps), timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["processes"] == 2
+    model = SDQForImageClassification.from_pretrained(tmp_path / "run" / "models" / "uniform-bits-5")
+    assert model.strategy.average_bits() == 5
 
 
 def test_two_processes_that_get_a_sigterm_leave_a_checkpoint_and_resume_exactly(data, finished_by_two, tmp_path):
