@@ -75,11 +75,8 @@ def _descend(task: Task, update: TwoSided | Paper) -> list[Strategy]:
                     "floors": floors(model),
                 }
                 steps = {f"inputs.{name}": value for name, value in inputs.steps.items()}
-                if trained:
-                    scales = {f"scales.{name}": value for name, value in weights.scales().items()}
-                    state["tensors"] = {**training.tensors(), **scales, **steps}
-                elif steps:
-                    state["tensors"] = steps
+                scales = {f"scales.{name}": value for name, value in weights.scales().items()} if trained else {}
+                state["tensors"] = {**training.tensors(), **scales, **steps}
                 return state
 
             # Batches that share one draw and one update, as in the training loop.
@@ -195,24 +192,28 @@ class Training:
         return finite
 
     def tensors(self) -> dict[str, Tensor]:
-        """Copies of the model's and the optimizer's tensors."""
-        assert self.optimizer is not None
-        found = {f"model.{key}": value for key, value in self.model.state_dict().items()}
-        for index, values in self.optimizer.state_dict()["state"].items():
-            found |= {f"optimizer.{index}.{key}": value for key, value in values.items()}
+        """Copies of the model's and the optimizer's tensors; where nothing is trained, of the steps that were fitted."""
+        own = self.model.state_dict()
+        if self.optimizer is None:
+            found = {f"model.{key}": own[key] for key in own if ".input_quantizer." in key}
+        else:
+            found = {f"model.{key}": value for key, value in own.items()}
+            for index, values in self.optimizer.state_dict()["state"].items():
+                found |= {f"optimizer.{index}.{key}": value for key, value in values.items()}
         return {key: value.detach().clone().contiguous() for key, value in found.items()}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        if self.optimizer is None:
-            return
         groups: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}}
         for key, value in tensors.items():
             kind, _, rest = key.partition(".")
             if kind in groups:
                 groups[kind][rest] = value
-        if not groups["model"]:
-            raise ValueError("The saved search trained no weights (weight_lr was 0): resume it with weight_lr=0.")
-        self.model.load_state_dict(groups["model"])
+        if bool(groups["optimizer"]) != (self.optimizer is not None):
+            trained = "its weights" if groups["optimizer"] else "no weights (weight_lr was 0)"
+            raise ValueError(f"The saved search trained {trained}: resume it with the weight_lr that it had.")
+        self.model.load_state_dict(groups["model"], strict=self.optimizer is not None)
+        if self.optimizer is None:
+            return
         state: dict[int, dict[str, Tensor]] = {}
         for key, value in groups["optimizer"].items():
             index, _, field_name = key.partition(".")

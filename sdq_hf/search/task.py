@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..modeling_sdq import SDQForImageClassification, pixels_of
 from ..quantizers.activation import best_step_and_sign
+from ..strategy import Strategy
 from ..training.evaluation import logits_of
 from ..training.loaders import Batch, endless
 from ..training.losses import kl_divergence
@@ -97,17 +98,22 @@ class Task:
         model = self.model
         if model.is_calibrated():
             return
-        probe = self._at_start()
+        # Inputs whose bits are searched come in drawn at others; the model's own quantizers get steps for the bits they have.
+        own = {name: model.strategy[name].activation_bits for name in self.descent.inputs}
+        probe = self._probe(self._start().with_activation_bits(own))
         probe.calibrate(self.batches())
         pairs = zip(model.quantized_layers().values(), probe.quantized_layers().values(), strict=True)
         for layer, fitted in pairs:
             if layer.input_quantizer is not None and fitted.input_quantizer is not None:
                 layer.input_quantizer.load_state_dict(broadcast(dict(fitted.input_quantizer.state_dict())))
 
-    def _at_start(self) -> SDQForImageClassification:
-        """A copy of the model at the starting bits: changing the bits of a model fits its scales anew."""
+    def _start(self) -> Strategy:
+        return self.descent.strategy(self.descent.start)
+
+    def _probe(self, strategy: Strategy) -> SDQForImageClassification:
+        """A copy of the model at the bits of `strategy`: changing the bits of a model fits its scales anew."""
         probe = copy.deepcopy(self.model)
-        probe.set_strategy(self.descent.strategy(self.descent.start))
+        probe.set_strategy(strategy)
         return probe
 
     @torch.no_grad()
@@ -118,7 +124,7 @@ class Task:
         """
         if not self.descent.inputs:
             return {}
-        probe, found = self._at_start(), dict[str, Tensor]()
+        probe, found = self._probe(self._start()), dict[str, Tensor]()
 
         def seen(name: str) -> Callable[[nn.Module, Any], None]:
             def look(module: nn.Module, inputs: Any) -> None:

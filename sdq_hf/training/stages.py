@@ -580,7 +580,7 @@ def _save_search(checkpoints: Checkpoints, step: SearchState, seconds: float) ->
     tensors = state.pop("tensors", None)
 
     def write(folder: Path) -> None:
-        if tensors is not None:
+        if tensors:
             save_tensors(tensors, folder / "search.safetensors")
 
     checkpoints.save(step.batch, state, write)

@@ -7,6 +7,7 @@ import torch
 from accelerate import Accelerator
 
 from sdq_hf.costs import get_cost
+from sdq_hf.layers import input_quantizers
 from sdq_hf.quantizers.activation import activation_range, best_step
 from sdq_hf.search import SearchLog, search
 from sdq_hf.search.descent import Descent
@@ -105,6 +106,25 @@ def test_inputs_are_searched_with_the_weights_and_a_resumed_search_finds_the_sam
     model.calibrate(Images())
     for name, layer in model.quantized_layers().items():
         assert layer.input_quantizer.bits == found[name].activation_bits
+
+
+@pytest.mark.parametrize("search_activations", [False, True])
+def test_a_model_without_steps_gets_those_of_its_own_bits_and_a_resumed_search_leaves_the_same(
+    planted, search_activations
+):
+    assert not planted.is_calibrated()
+    expected, model, resumed = (copy.deepcopy(planted) for _ in range(3))
+    expected.set_strategy(6)
+    expected.calibrate(Images())
+    budget = float(uniform(model.strategy, 5, 4).bitops())
+    options = {"search_activations": search_activations, "accelerator": Accelerator(cpu=True), "weight_lr": 0.0}
+    kept = []
+    search(model, Images(), [budget], "bitops", on_step=lambda state: kept.append(state.state_dict()), **options)
+    search(resumed, Images(), [budget], "bitops", resume_from=kept[3], **options)
+    for name, quantizer in input_quantizers(expected).items():
+        for found in (model, resumed):
+            own = input_quantizers(found)[name]
+            assert (own.bits, own.step.item(), own.range) == (quantizer.bits, quantizer.step.item(), quantizer.range)
 
 
 def test_a_layer_whose_inputs_do_not_matter_loses_their_bits(planted):

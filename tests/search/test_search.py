@@ -206,7 +206,11 @@ def test_a_resumed_search_equals_the_uninterrupted_one(planted, method, start, b
     log = SearchLog()
     assert search(model, Images(), [budget], log=log, resume_from=kept.state, **kwargs) == expected
     assert log == whole
-    assert ("tensors" in kept.state) == (weight_lr > 0)
+    trained = {name for name in kept.state["tensors"] if name.endswith(".weight")}
+    assert bool(trained) == (weight_lr > 0)
+    kwargs["weight_lr"] = 1e-3 - weight_lr
+    with pytest.raises(ValueError, match="resume it with the weight_lr that it had"):
+        search(model, Images(), [budget], resume_from=kept.state, **kwargs)
 
 
 @pytest.mark.parametrize("trained", [False, True])
