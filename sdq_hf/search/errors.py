@@ -39,7 +39,7 @@ def weight_at(layer: QuantizedLayer, bits: int | Sequence[int], scale: Tensor | 
 
 @torch.no_grad()
 def quantization_errors(model: SDQForImageClassification, descent: Descent) -> dict[str, dict[int, float]]:
-    """Unit -> bitwidth -> squared error of its quantized weights, relative to the weights' own square sum."""
+    """Unit of weights -> bitwidth -> their squared error when quantized, relative to their own square sum."""
     layers = quantized_layers(model.timm_model)
     norms: dict[str, Tensor] = {}
     errors: dict[str, dict[int, Tensor]] = {}
@@ -52,6 +52,8 @@ def quantization_errors(model: SDQForImageClassification, descent: Descent) -> d
         }
     found = {}
     for name, unit in descent.units.items():
+        if unit.inputs:
+            continue
         channel = unit.channel or 0
         norm = torch.stack([norms[layer][channel] for layer in unit.layers]).sum().clamp_min(1e-30)
         found[name] = {

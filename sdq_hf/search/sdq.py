@@ -63,6 +63,8 @@ def _descend(task: Task, update: TwoSided | Paper) -> list[Strategy]:
             weights.start(saved)
             kept = {key.removeprefix("inputs."): value for key, value in tensors.items() if key.startswith("inputs.")}
             inputs.start(kept or task.input_steps())
+            if isinstance(update, Paper):
+                update.errors |= inputs.errors()
 
             def state_dict() -> dict[str, Any]:
                 state = {

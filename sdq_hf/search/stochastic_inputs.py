@@ -15,12 +15,12 @@ from .descent import Descent
 class _Inputs:
     """One layer's input, rounded at its upper or at its lower bitwidth, or the mean of both; `gate` as of weights.
 
-    steps: sign and step of each of `candidates` (float32 [2, candidates]), which stay as they are.
+    steps: sign, step and error of each of `candidates` (float32 [3, candidates]), which stay as they are.
     """
 
     def __init__(self, candidates: list[int], steps: Tensor):
         self._quantizers = {}
-        for bits, signed, step in zip(candidates, *steps.tolist(), strict=True):
+        for bits, signed, step, _ in zip(candidates, *steps.tolist(), strict=True):
             self._quantizers[bits] = quantizer = ActivationQuantizer(bits).to(steps.device).requires_grad_(False)
             quantizer.step.fill_(step)
             quantizer.signed.fill_(int(signed))
@@ -57,6 +57,13 @@ class StochasticInputs:
     def step_down(self, name: str) -> None:
         """Draw the inputs of a unit between its bits and the next ones."""
         self._inputs[name].bits = self._descent.bits[name], self._descent.next_bits(name)
+
+    def errors(self) -> dict[str, dict[int, float]]:
+        """Unit -> bitwidth -> squared error of its inputs, relative to their own square sum, as `quantization_errors`."""
+        return {
+            name: dict(zip(self._descent.candidates, self.steps[layer][2].tolist(), strict=True))
+            for layer, name in self._descent.inputs.items()
+        }
 
     def choose(self, drawn: Mapping[str, float]) -> None:
         """Set the share of the upper bitwidth of each unit, and forget the gradients of the batch before."""

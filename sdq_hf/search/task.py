@@ -12,7 +12,7 @@ from accelerate.utils import broadcast
 from torch import Tensor, nn
 
 from ..modeling_sdq import SDQForImageClassification, pixels_of
-from ..quantizers.activation import best_step_and_sign
+from ..quantizers.activation import activation_range, best_step_and_sign
 from ..strategy import Strategy
 from ..training.evaluation import logits_of
 from ..training.loaders import Batch, endless
@@ -118,7 +118,7 @@ class Task:
 
     @torch.no_grad()
     def input_steps(self) -> dict[str, Tensor]:
-        """Layer -> sign (0 or 1) and step of its inputs at each candidate (float32 [2, candidates]).
+        """Layer -> sign (0 or 1), step and relative squared error of its inputs at each candidate (float32 [3, candidates]).
 
         Of the layers whose inputs are searched, fitted to the first batches at the starting bits; all ranks take the first's.
         """
@@ -128,10 +128,14 @@ class Task:
 
         def seen(name: str) -> Callable[[nn.Module, Any], None]:
             def look(module: nn.Module, inputs: Any) -> None:
-                power_of_two = self.model.config.scales == "power_of_two"
-                fits = [best_step_and_sign(inputs[0], bits, power_of_two) for bits in self.descent.candidates]
-                signs = torch.tensor([float(signed) for _, signed in fits])
-                found[name] = torch.stack([signs.to(inputs[0].device), torch.stack([step for step, _ in fits])])
+                x, power_of_two = inputs[0].float(), self.model.config.scales == "power_of_two"
+                columns = []
+                for bits in self.descent.candidates:
+                    step, signed = best_step_and_sign(x, bits, power_of_two)
+                    rounded = torch.round(x / step).clamp_(*activation_range(bits, signed)).mul_(step)
+                    error = (rounded - x).square().sum() / x.square().sum().clamp_min(1e-30)
+                    columns.append(torch.stack([torch.full_like(step, float(signed)), step, error]))
+                found[name] = torch.stack(columns, dim=1)
 
             return look
 

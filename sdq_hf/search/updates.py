@@ -192,6 +192,8 @@ class Paper:
     momentum; the lowest beta goes first. Where the cost no longer outweighs the error nothing moves, so after `patience`
     batches without a step the cost weighs twice as much (our interpretation; 0: it never does).
 
+    errors: unit -> bitwidth -> relative squared error; those of inputs, where they are searched, may be added later.
+
     METHOD 8 finds that the cost decides nearly everything here, so this is a layer-size rule in disguise.
     """
 
@@ -212,7 +214,7 @@ class Paper:
     ):
         if cost_shape not in ("sqrt", "linear"):
             raise ValueError(f"cost_shape must be 'sqrt' or 'linear', got {cost_shape!r}.")
-        self.descent, self.seed, self.errors = descent, seed, errors
+        self.descent, self.seed, self.errors = descent, seed, dict(errors)
         self.lr, self.momentum, self.temperature, self.threshold = lr, momentum, temperature, threshold
         self.theta_start, self.cost_weight, self.error_weight = theta_start, cost_weight, error_weight
         # Batches since the last step, or since the cost's weight was doubled.

@@ -13,6 +13,7 @@ from sdq_hf.search import SearchLog, search
 from sdq_hf.search.descent import Descent
 from sdq_hf.search.stochastic_inputs import StochasticInputs
 from sdq_hf.search.units import input_units, layer_units
+from sdq_hf.search.updates import Paper
 from tests.planted import Images, planted_network
 
 
@@ -59,7 +60,7 @@ def test_drawn_inputs_are_the_rounded_ones_and_gradients_those_of_the_choice(pla
     way = way_down(model, 2.5e7, start_bits=4)
     inputs = StochasticInputs(model, way)
     steps = {bits: best_step(x, bits, True) for bits in way.candidates}
-    table = torch.stack([torch.ones(len(steps)), torch.stack(list(steps.values()))])
+    table = torch.stack([torch.ones(len(steps)), torch.stack(list(steps.values())), torch.zeros(len(steps))])
     inputs.start(dict.fromkeys(way.inputs, table))
     place = list(way.inputs).index(name)
     rounded = {bits: torch.round(x / step).clamp(*activation_range(bits, True)) * step for bits, step in steps.items()}
@@ -106,6 +107,40 @@ def test_inputs_are_searched_with_the_weights_and_a_resumed_search_finds_the_sam
     model.calibrate(Images())
     for name, layer in model.quantized_layers().items():
         assert layer.input_quantizer.bits == found[name].activation_bits
+
+
+def test_the_paper_weighs_the_errors_of_inputs_with_those_of_weights(planted, monkeypatch):
+    """What a unit of inputs loses at fewer bits is the error of the inputs; a resumed search has the same."""
+    model, name, seen, kept = copy.deepcopy(planted), "layer2.0.conv1", [], []
+    observe = Paper.observe
+
+    def look(self, *arguments):
+        seen.append(dict(self.errors))
+        return observe(self, *arguments)
+
+    monkeypatch.setattr(Paper, "observe", look)
+    options = {"method": "paper", "search_activations": True, "accelerator": Accelerator(cpu=True), "lr": 30.0}
+    budget = float(uniform(model.strategy, 5, 5).bitops())
+    (found,) = search(
+        model, Images(), [budget], "bitops", on_step=lambda state: kept.append(state.state_dict()), **options
+    )
+    (resumed,) = search(model, Images(), [budget], "bitops", resume_from=kept[3], **options)
+    assert resumed == found
+    assert all(errors == seen[0] for errors in seen)
+    assert set(seen[0]) == {*model.strategy.searchable, *(f"{layer}.input" for layer in model.strategy.searchable)}
+    # By hand: the inputs that calibration shows the layer.
+    probe, inputs = copy.deepcopy(planted), []
+    probe.set_strategy(probe.strategy.with_bits(6).with_activation_bits(dict.fromkeys(probe.strategy.searchable, 6)))
+    probe.quantized_layers()[name].register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    probe.calibrate(Images())
+    (x,) = inputs
+    for bits, error in seen[0][f"{name}.input"].items():
+        by_hand = []
+        for signed in (False, True):
+            step = best_step(x, bits, signed)
+            rounded = torch.round(x / step).clamp(*activation_range(bits, signed)) * step
+            by_hand.append(((rounded - x).square().sum() / x.square().sum()).item())
+        assert error == pytest.approx(by_hand[0] if bits == 1 else min(by_hand), rel=1e-3)
 
 
 @pytest.mark.parametrize("search_activations", [False, True])
