@@ -404,9 +404,11 @@ class SDQForImageClassification(PackedFilesMixin):
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of the computation; scales and steps are float32 always."""
+        """That of the computation; scales and steps are float32 always, and so are weights that all normalise together."""
         own = {id(parameter) for _, parameter in quantizer_parameters(self)}
-        return next(p.dtype for p in self.parameters() if p.is_floating_point() and id(p) not in own)
+        weights = {id(layer.weight) for layer in self.quantized_layers().values()}
+        floats = [p for p in self.parameters() if p.is_floating_point() and id(p) not in own]
+        return next((p for p in floats if id(p) not in weights), floats[0]).dtype
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> "SDQForImageClassification":
         # All of torch's ways to cast come by here.

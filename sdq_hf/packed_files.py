@@ -68,6 +68,8 @@ class PackedFilesMixin(PreTrainedModel):
             )
         for name, quantizer in input_quantizers(model.timm_model).items():
             check_inputs(name, quantizer)
+            # Read from the state now: in a graph of torch.export or torch.compile it could not be.
+            _ = quantizer.range
         _restore_buffers(model)
         _align(model)
         return (model, info) if wants_info else model

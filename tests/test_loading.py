@@ -268,6 +268,35 @@ def test_a_model_loaded_in_bfloat16_has_the_same_codes(model, saved, tmp_path):
             assert torch.equal(value, after[key]), key
 
 
+@pytest.mark.parametrize("form", ["dorefa", "entropy"])
+def test_a_model_whose_weights_stay_in_float32_says_what_it_computes_in(tmp_path, form):
+    create("resnet8_cifar", weight_quantizer=form).save_pretrained(tmp_path, print_size=False)
+    loaded = SDQForImageClassification.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert loaded.quantized_layers()["layer1.0.conv1"].weight.dtype == torch.float32
+    assert loaded.dtype == logits(loaded, images().to(loaded.dtype)).dtype == torch.bfloat16
+    assert SDQForImageClassification.from_pretrained(tmp_path).dtype == torch.float32
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler's own, which differ from version to version
+@pytest.mark.parametrize("options", [{}, {"scales": "power_of_two"}, {"weight_quantizer": "entropy"}])
+def test_a_loaded_model_is_one_graph_for_export_and_compile(tmp_path, options):
+    model = create("resnet8_cifar", **options)
+    model.save_pretrained(tmp_path, print_size=False)
+    expected = logits(model)
+    for grad in (False, True):
+        loaded = SDQForImageClassification.from_pretrained(tmp_path)
+        with torch.set_grad_enabled(grad):
+            exported = torch.export.export(loaded, (images(),), strict=False).module()
+            torch.testing.assert_close(logits(exported), expected)
+    loaded = SDQForImageClassification.from_pretrained(tmp_path)
+    torch.testing.assert_close(logits(torch.compile(loaded, backend="aot_eager", fullgraph=True)), expected)
+
+
+def test_a_model_loaded_in_inference_mode_computes_the_same(model, saved):
+    with torch.inference_mode():
+        assert torch.equal(logits(SDQForImageClassification.from_pretrained(saved)), logits(model))
+
+
 def test_a_new_head_is_made_when_asked_for_and_all_else_stays(model, saved, tmp_path):
     with pytest.raises(ValueError, match=r"head 'timm_model\.fc'.*4 classes.*ignore_mismatched_sizes"):
         SDQForImageClassification.from_pretrained(saved, num_labels=4)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from .positive import KeepsPositive
@@ -71,8 +72,13 @@ def _fake_quantize(x: Tensor, step: Tensor, low: int, high: int) -> Tensor:
             # In graphs of torch 2.11 nothing flows back through what was changed in place.
             return y.round().clamp(low, high) * step
         return y.round_().clamp_(low, high).mul_(step)
+    return _fused_fake_quantize(x, step, low, high)
+
+
+def _fused_fake_quantize(x: Tensor, step: Tensor, low: int, high: int) -> Tensor:
+    """By torch's kernel for GPUs, which makes a number of what is none: a training that diverges would not end."""
     zero = torch.zeros((), dtype=torch.int32, device=x.device)
-    return torch.fake_quantize_per_tensor_affine(x, step, zero, low, high)
+    return torch.where(x.isnan(), x, torch.fake_quantize_per_tensor_affine(x, step, zero, low, high))
 
 
 @torch.no_grad()
@@ -179,7 +185,7 @@ class ActivationQuantizer(KeepsPositive, nn.Module):
         if x.is_meta:
             return x
         if self._range is None and self.step.item() <= 0:
-            self.fit(x)
+            self._fit_first(x)
         self.keep_positive(self.step)
         low, high = self.range
         dtype = x.dtype
@@ -190,6 +196,20 @@ class ActivationQuantizer(KeepsPositive, nn.Module):
         else:
             y = _fake_quantize(x, self.effective_step, low, high)
         return y.to(dtype)
+
+    def _fit_first(self, x: Tensor) -> None:
+        """Fit to the first tensor that comes by; in a training of several processes all take the first one's."""
+        if getattr(self, "_is_replica", False):
+            raise RuntimeError(
+                "An activation step is not fitted, and what a copy made by torch.nn.DataParallel fits is lost: call "
+                "model.calibrate(images) before the training, or use one process for each GPU."
+            )
+        self.fit(x)
+        # Only a training is sure to come by here on every rank.
+        if self.training and torch.is_grad_enabled() and dist.is_available() and dist.is_initialized():
+            for tensor in (self.step.data, self.signed):
+                dist.broadcast(tensor, src=0)
+            self._range = None
 
     @contextmanager
     def saved_as_codes(self, y: Tensor) -> Iterator[None]:

@@ -15,15 +15,22 @@ class KeepsPositive:
 
     _least: Tensor | None = None
 
-    @torch.no_grad()
     def keep_positive(self, scale: nn.Parameter) -> None:
         """Raise `scale` to the least value. Does nothing before it was fitted or loaded, when it is zero."""
+        if torch.compiler.is_exporting():
+            # A graph that is kept computes with the scales as they are.
+            return
         if self._least is None:
+            if torch.compiler.is_compiling() and not torch.is_grad_enabled():
+                # Nothing is learned, and asking for a value would split the graph.
+                return
             if not scale.all():
                 return
             # In double precision: the floor of a scale that was saved in float32 is the same on any device.
-            self._least = (0.01 * scale.detach().double().abs()).to(scale)
-        scale.data.clamp_(min=self._least.to(scale.device))
+            self._least = (0.01 * scale.detach().double().abs()).to(scale.detach())
+        if self._least.device != scale.device:
+            self._least = self._least.to(scale.device)
+        scale.data.clamp_(min=self._least)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._least = None

@@ -295,7 +295,11 @@ class WeightQuantizer(KeepsPositive, nn.Module):
         self._least = self._quantized = None
 
     def forward(self, w: Tensor) -> Tensor:
-        if not torch.is_grad_enabled() and self.is_quantized(w):
+        if torch.is_grad_enabled():
+            if self.training and self._quantized is not None:
+                # A training may write through `.data`, which no version counts.
+                self._quantized = None
+        elif self.is_quantized(w):
             return w
         self.keep_positive(self.scale)
         learns = torch.is_grad_enabled() and self.scale.requires_grad
@@ -359,13 +363,19 @@ class WeightQuantizer(KeepsPositive, nn.Module):
         return weight
 
     def mark_quantized(self, w: Tensor) -> None:
-        """Say that `w`, from now on this layer's weights, went through LSQ: quantizing it again would change nothing."""
-        if self.form == "lsq":
+        """Say that `w`, from now on this layer's weights, went through LSQ: quantizing it again would change nothing.
+
+        Whoever writes to them through `.data` afterwards, other than in a training, must call `set_bits` or `fit_scale`.
+        """
+        # Tensors made in inference mode have no version, from which a change is known.
+        if self.form == "lsq" and not w.is_inference() and not self.scale.is_inference():
             self._quantized = self._state(w)
 
     def is_quantized(self, w: Tensor) -> bool:
-        """Whether `w` is what was marked, and neither it nor the scale was touched since."""
-        return self._quantized is not None and self._quantized == self._state(w)
+        """Whether `w` is what was marked, and neither it nor the scale was touched since; no in graphs, which cannot tell."""
+        if self._quantized is None or torch.compiler.is_compiling():
+            return False
+        return self._quantized == self._state(w)
 
     def _state(self, w: Tensor) -> tuple[int, int, int]:
         return w.data_ptr(), w._version, self.scale._version

@@ -6,7 +6,13 @@ import torch
 import torch.nn.functional as F
 
 from sdq_hf.quantizers import ActivationQuantizer
-from sdq_hf.quantizers.activation import _dot, _fake_quantize, activation_range, best_step
+from sdq_hf.quantizers.activation import (
+    _dot,
+    _fake_quantize,
+    _fused_fake_quantize,
+    activation_range,
+    best_step,
+)
 
 
 def lsq(x, step, low, high):
@@ -145,6 +151,30 @@ def test_numbers_are_those_of_torchs_own_fake_quantization(signed, bits):
     low, high = activation_range(bits, signed)
     expected = torch.fake_quantize_per_tensor_affine(x, step, torch.zeros((), dtype=torch.int32), low, high)
     assert torch.equal(_fake_quantize(x, step, low, high), expected)
+    assert torch.equal(_fused_fake_quantize(x, step, low, high), expected)
+
+
+@pytest.mark.parametrize("function", [_fake_quantize, _fused_fake_quantize])
+def test_what_is_no_number_stays_none_so_that_a_training_that_diverges_is_seen(function):
+    x, step = torch.tensor([1.0, torch.nan, torch.inf, -torch.inf]), torch.tensor(0.5)
+    torch.testing.assert_close(
+        function(x, step, -8, 7), torch.tensor([1.0, torch.nan, 3.5, -4.0]), equal_nan=True, rtol=0, atol=0
+    )
+
+
+def test_copies_for_several_devices_refuse_to_fit_what_would_be_lost():
+    quantizer = ActivationQuantizer(4)
+
+    def replica():
+        """As torch.nn.parallel.replicate makes it, which needs several devices."""
+        copied = quantizer._replicate_for_data_parallel()
+        copied.step = quantizer.step.detach()
+        return copied
+
+    with pytest.raises(RuntimeError, match=r"call model\.calibrate"):
+        replica()(torch.ones(3))
+    quantizer(torch.ones(3))
+    assert torch.equal(replica()(torch.ones(3)), quantizer(torch.ones(3)))
 
 
 def test_numbers_of_half_precision_are_quantized_in_float32_and_those_of_float64_in_float64():

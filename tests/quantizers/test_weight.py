@@ -317,6 +317,13 @@ def test_marked_weights_are_passed_through_until_they_or_the_scale_are_touched()
     quantized.requires_grad_()
     quantizer(quantized).sum().backward()
     assert quantized.grad is not None
+    # What a training writes has no version where it goes through `.data`.
+    written = quantized.detach()
+    quantizer.mark_quantized(written)
+    quantizer(written)
+    written.data += 0.3
+    with torch.no_grad():
+        assert torch.equal(quantizer(written), expected(written))
     other = WeightQuantizer("dorefa", "midrise", 3)
     other.mark_quantized(w)
     assert not other.is_quantized(w)

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from sdq_hf import SDQForImageClassification
+from sdq_hf.layers import input_quantizers
 from sdq_hf.search import SearchLog, search
 from sdq_hf.search.agreement import RankError
 
@@ -60,6 +61,18 @@ def error_of(accelerator, model, **options):
     return "none"
 
 
+def fitted_steps(accelerator, rank):
+    """The activation steps that the first batch of a training leaves, and those that this rank's own images ask for."""
+    images = torch.stack([picture["pixel_values"] for picture in pictures()[:BATCH]]) * (1 + 4 * rank)
+    alone, together = network(calibrated=False), network(calibrated=False)
+    alone.calibrate(images)
+    accelerator.prepare(together).train()(pixel_values=images)
+    return {
+        key: [quantizer.step.item() for quantizer in input_quantizers(one.timm_model).values()]
+        for key, one in (("own", alone), ("shared", together))
+    }
+
+
 def main(folder, *scenarios):
     accelerator = Accelerator(cpu=True)
     odd = accelerator.process_index == 1
@@ -69,6 +82,7 @@ def main(folder, *scenarios):
     if "all" in scenarios:
         found["frozen"] = run(accelerator, model, BATCH, weight_lr=0.0)
         found["own steps"] = run(accelerator, network(calibrated=False), BATCH)["strategies"]
+        found["fitted"] = fitted_steps(accelerator, int(odd))
         found["seed"] = error_of(accelerator, model, seed=int(odd))
         # Each rank decides by itself when a layer steps down.
         found["decision"] = error_of(accelerator, model, max_draws=7 if odd else 13)
