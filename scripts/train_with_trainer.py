@@ -19,12 +19,11 @@ from typing import Any, Literal
 import datasets
 import torch
 import transformers
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from sdq_hf import SDQForImageClassification
+from sdq_hf.backbones import create_backbone
 from sdq_hf.training.arguments import parse_groups
 from sdq_hf.training.data import check_labels, load_image_data, with_channels
 from sdq_hf.training.loaders import StreamedImages, build_transforms
@@ -40,7 +39,8 @@ class ScriptArguments:
     model: str = field(metadata={"help": "Folder or Hub id of a quantized model."})
     dataset: str | None = field(default=None, metadata={"help": "As in run_sdq.py; default: the bundled sample."})
     teacher: str | None = field(
-        default=None, metadata={"help": "File with float weights of the same network, to distil from; default: labels."}
+        default=None,
+        metadata={"help": "File with float weights of the same timm network, to distil from; default: labels."},
     )
     streaming: bool = field(
         default=False, metadata={"help": "Read images while they are used; needs --max_steps, as in run_sdq.py."}
@@ -108,7 +108,7 @@ def run(options: ScriptArguments, training: TrainingArguments) -> None:
         "eval_dataset": transformed("validation", transform),
         "compute_metrics": compute_metrics,
         "callbacks": [QATCallback()],
-        # Scales and steps learn at a tenth of the rate, without weight decay.
+        # Scales and steps learn without weight decay.
         "optimizers": (create_optimizer(model, recipe), None),
     }
     if options.teacher is None:
@@ -125,17 +125,16 @@ def run(options: ScriptArguments, training: TrainingArguments) -> None:
 
 
 def load_teacher(model: SDQForImageClassification, path: str) -> nn.Module:
-    """The float network of `model` with the weights of a safetensors file; `ValueError` where they do not fit."""
-    teacher = model.float_twin()
+    """timm's network of `model` with the weights of a file; `ValueError` where they do not fit."""
+    config = model.config
     try:
-        teacher.load_state_dict(load_file(path))
-    except (OSError, SafetensorError, RuntimeError) as error:
+        return create_backbone(
+            config.architecture, num_classes=config.num_labels, checkpoint_path=path, **config.model_args
+        )
+    except ValueError as error:
         # torch lists every tensor that is missing.
-        reason = textwrap.shorten(str(error), 200)
-        raise ValueError(
-            f"--teacher {path} is no safetensors file of float weights of {model.config.architecture}: {reason}"
-        ) from error
-    return teacher
+        reason = textwrap.shorten(str(error).partition(": ")[2], 200)
+        raise ValueError(f"--teacher {path} is no file of float weights of {config.architecture}: {reason}") from error
 
 
 if __name__ == "__main__":

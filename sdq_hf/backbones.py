@@ -228,6 +228,18 @@ def _restore_statistics(norm: nn.Module, inputs: Any, output: Any) -> None:
             setattr(norm, name, buffer)
 
 
+def normalisation(network: nn.Module, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and std of the images that `network` is for, one of each channel, where values go from 0 to 1.
+
+    For another number of channels than timm knows: their average, as many times.
+    """
+    data = timm.data.resolve_data_config(pretrained_cfg=getattr(network, "pretrained_cfg", None), model=network)
+    mean, std = tuple(data["mean"]), tuple(data["std"])
+    if len(mean) == channels:
+        return mean, std
+    return (sum(mean) / len(mean),) * channels, (sum(std) / len(std),) * channels
+
+
 def hub_id(network: nn.Module) -> str | None:
     """Hub id of the pretrained weights that timm has for `network`, such as `timm/resnet18.a1_in1k`."""
     return (getattr(network, "pretrained_cfg", None) or {}).get("hf_hub_id")

@@ -16,7 +16,7 @@ from torch.optim.swa_utils import update_bn
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.utils.generic import can_return_tuple
 
-from .backbones import create_backbone, hub_id, pretrained_labels, set_grad_checkpointing, sized
+from .backbones import create_backbone, hub_id, normalisation, pretrained_labels, set_grad_checkpointing, sized
 from .checkpoint import DIGEST
 from .configuration_sdq import SDQConfig, check_fields
 from .configured import (
@@ -154,8 +154,7 @@ class SDQForImageClassification(PackedFilesMixin):
         side = img_size or (model_args or {}).get("img_size") or data["input_size"][1:]
         size = (side, side) if isinstance(side, int) else tuple(side)
         pretrained_cfg.update(data, input_size=(channels, *size), num_classes=getattr(source, "num_classes", 0))
-        for field in ("mean", "std"):
-            pretrained_cfg[field] = _to_channels(pretrained_cfg[field], channels)
+        pretrained_cfg["mean"], pretrained_cfg["std"] = normalisation(source, channels)
         labels = (
             {"id2label": {int(k): v for k, v in id2label.items()}, "label2id": {v: int(k) for k, v in id2label.items()}}
             if id2label is not None
@@ -494,12 +493,6 @@ def _restored_on_error(model: nn.Module) -> Iterator[None]:
         for quantizer, range_, least in ranges:
             quantizer._range, quantizer._least = range_, least
         raise
-
-
-def _to_channels(values: Iterable[float], channels: int) -> tuple[float, ...]:
-    """Mean or std for another number of channels: their average, as many times as there are channels."""
-    values = tuple(values)
-    return values if len(values) == channels else (sum(values) / len(values),) * channels
 
 
 def _plain(data: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, broadcast, set_seed
 from torch import Tensor, nn
 
-from ..backbones import create_backbone, hub_id, set_grad_checkpointing, sized
+from ..backbones import create_backbone, hub_id, normalisation, set_grad_checkpointing, sized
 from ..costs import Cost, get_cost
 from ..layers import input_quantizers
 from ..modeling_sdq import SDQForImageClassification
@@ -567,6 +567,7 @@ class Run:
             num_classes=len(self.data.label_names),
             **self._model_args(options.kd_teacher),
         )
+        teacher = taking_images_of(self.network, teacher, self.data.channels)
         return teacher.to(self.accelerator.device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
 
     def _wants(self, stage: str) -> bool:
@@ -679,6 +680,26 @@ def loss_of_teacher(teacher: nn.Module, mixup: Callable[..., Any] | None = None)
         return distillation(logits_of(student(images)), target)
 
     return loss
+
+
+def taking_images_of(network: nn.Module, teacher: nn.Module, channels: int) -> nn.Module:
+    """`teacher`, as it takes images that are normalised for `network`."""
+    (mean, std), (own_mean, own_std) = (torch.tensor(normalisation(n, channels)) for n in (network, teacher))
+    if torch.equal(mean, own_mean) and torch.equal(std, own_std):
+        return teacher
+    return nn.Sequential(_Affine(std / own_std, (mean - own_mean) / own_std), teacher)
+
+
+class _Affine(nn.Module):
+    """`x * factor + offset` of images [B, C, H, W], with one of each channel."""
+
+    def __init__(self, factor: Tensor, offset: Tensor):
+        super().__init__()
+        self.register_buffer("factor", factor.view(-1, 1, 1))
+        self.register_buffer("offset", offset.view(-1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.factor + self.offset
 
 
 def _loss_of_labels(data: DataArguments, classes: int) -> LossFunction:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from safetensors.torch import save_file
@@ -16,11 +17,16 @@ NAMES = ["ant", "bee"]
 
 
 @pytest.fixture(scope="module")
-def main():
+def script():
     spec = importlib.util.spec_from_file_location("train_with_trainer", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.main
+    return module
+
+
+@pytest.fixture(scope="module")
+def main(script):
+    return script.main
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +58,8 @@ def folders(root: Path, names: list[str]) -> Path:
         (["--max_samples", "0"], "--max_samples must be above 0, got 0"),
         (["--learning_rate", "nan"], "--learning_rate must be a finite number, got nan"),
         (["--model", "/nope"], "/nope"),
-        (["--teacher", __file__], f"--teacher {__file__} is no safetensors file of float weights of resnet8_cifar"),
-        (["--teacher", "/nope"], "--teacher /nope is no safetensors file of float weights"),
+        (["--teacher", __file__], f"--teacher {__file__} is no file of float weights of resnet8_cifar"),
+        (["--teacher", "/nope"], "--teacher /nope is no file of float weights"),
         (["--teacher", "WEIGHTS"], "Missing key(s) in state_dict"),
     ],
 )
@@ -81,3 +87,20 @@ def test_data_of_other_classes_are_refused(main, model, tmp_path, capsys, names:
     assert main([*command, "--dataset", str(folders(tmp_path / "data", names))]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("test_nfnet", {}), ("test_resnet", {}), ("mobileone_s0", {"reparameterize": True})]
+)
+def test_the_teacher_is_timms_network_whatever_form_the_model_has_it_in(script, tmp_path, name, options):
+    """NF-nets standardize weights in each forward, and branches are merged: the model has neither, the file both."""
+    torch.manual_seed(0)
+    source = timm.create_model(name, num_classes=4)
+    save_file(source.state_dict(), tmp_path / "float.safetensors")
+    model = SDQForImageClassification.from_float(source, name, img_size=64, **options)
+    teacher = script.load_teacher(model, str(tmp_path / "float.safetensors"))
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(teacher.eval()(x), source.eval()(x))
+        with model.eval().float_mode():
+            torch.testing.assert_close(model(x).logits, teacher(x), rtol=1e-3, atol=1e-4)
