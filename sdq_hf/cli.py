@@ -11,7 +11,6 @@ from typing import Any
 
 import transformers
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig
@@ -20,6 +19,7 @@ from .checkpoint import DIGEST
 from .configuration_sdq import SDQConfig
 from .costs import bitops_text
 from .export.report import cost_report, report_text
+from .hub.errors import HTTPError, reason_of
 from .layers import PACKED, is_quantizer_state
 from .strategy import FLOAT_BITS, LayerBits, Strategy, bits_text
 from .writing import write_json
@@ -305,8 +305,8 @@ def _tensors(model: str) -> dict[str, tuple[int, Mapping[str, int]]]:
         sizes = {
             f.rfilename: f.size for f in api.model_info(name, revision=revision, files_metadata=True).siblings or ()
         }
-    except HfHubHTTPError as error:
-        raise ValueError(f"{model}: {error}") from error
+    except (HTTPError, OSError) as error:
+        raise ValueError(f"{model}: {reason_of(error)}") from error
     return {
         file: (sizes[file] or 0, {key: tensor.parameter_count for key, tensor in header.tensors.items()})
         for file, header in metadata.items()

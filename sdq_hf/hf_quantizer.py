@@ -3,6 +3,9 @@
 With it `save_pretrained` and `from_pretrained` stay transformers' own, with sharding, device maps and Hub traffic.
 """
 
+import copy
+from collections.abc import Mapping
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -13,6 +16,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from .checkpoint import DIGEST, check_files, check_scale, digest
 from .layers import PACKED, quantized_layers
 
+# Inside `save_pretrained`: the tensors that its caller gives in place of the model's own.
+given_state: ContextVar[Mapping[str, Tensor] | None] = ContextVar("given_state", default=None)
 # Where a layer's weight shape and type, and whether it has a bias, are kept while the weight itself is away.
 _AWAY = "_sdq_away"
 
@@ -43,10 +48,14 @@ class SDQHfQuantizer(HfQuantizer):
         return True
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-        state = model.state_dict()
+        given = given_state.get()
+        state = dict(model.state_dict() if given is None else given)
         for name, layer in quantized_layers(model).items():
-            del state[f"{name}.weight"]
-            state[f"{name}.{PACKED}"] = layer.weight_quantizer.pack(layer.weight.detach())
+            quantizer = layer.weight_quantizer
+            if given is not None:
+                quantizer = copy.deepcopy(quantizer)
+                quantizer.scale.data.copy_(state[f"{name}.weight_quantizer.scale"])
+            state[f"{name}.{PACKED}"] = quantizer.pack(state.pop(f"{name}.weight").detach())
         return {**state, DIGEST: torch.tensor(list(digest(state)), dtype=torch.uint8)}, {}
 
     def _process_model_before_weight_loading(

@@ -12,7 +12,6 @@ import timm
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.optim.swa_utils import update_bn
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.utils.generic import can_return_tuple
 
@@ -300,11 +299,9 @@ class SDQForImageClassification(PackedFilesMixin):
             raise ValueError(f"Images to calibrate with must be [B, C, H, W], got {images.dim()} dimensions.")
         if not images.isfinite().all():
             raise ValueError("Images to calibrate with must be finite: some have NaN or infinite values.")
-        training = self.training
-        with _restored_on_error(self):
+        with _restored_on_error(self), _modes_restored(self):
             self._forget_steps()
             self.eval()(images)
-        self.train(training)
 
     def to_hardware_profile(
         self,
@@ -350,13 +347,28 @@ class SDQForImageClassification(PackedFilesMixin):
         for quantizer in input_quantizers(self.timm_model).values():
             quantizer.set_bits(quantizer.bits)
 
+    @torch.no_grad()
     def recalibrate_batch_norm(self, batches: Batches, num_batches: int = 50) -> None:
         """Gather batch-norm statistics anew under the present bits (METHOD 6.3); nothing else changes.
 
-        `batches` and errors as in `calibrate`.
+        They are means over the batches, of what comes by in eval mode: without dropout. `batches` and errors as in
+        `calibrate`.
         """
-        with _restored_on_error(self):
-            update_bn(_first(batches, num_batches), self, device=self.device)
+        norms = [module for module in self.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+        if not norms:
+            return
+        momenta = [norm.momentum for norm in norms]
+        with _restored_on_error(self), _modes_restored(self):
+            self.eval()
+            for norm in norms:
+                norm.reset_running_stats()
+                # The mean of all batches, not one that forgets the first.
+                norm.momentum = None
+                norm.train()
+            for images in _first(batches, num_batches):
+                self(images.to(self.device))
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
 
     # Forward -----------------------------------------------------------------------------------------------------
 
@@ -429,9 +441,17 @@ class SDQForImageClassification(PackedFilesMixin):
 
         The quantized weights stand in ordinary layers then, as float numbers; files are as large as a float model's. Inputs
         are still rounded, since the logits depend on it; `float_twin()` gives timm's model without any rounding.
+
+        Raises `ValueError` for a model with integer biases, which are multiples of activation steps, before these are fitted.
         """
         if not self.quantized_layers():
             return self
+        for name, layer in self.quantized_layers().items():
+            if layer.integer_bias and layer.input_quantizer is not None and layer.input_quantizer.step.item() <= 0:
+                raise ValueError(
+                    f"Layer {name!r}: its activation step was never fitted, and its bias is a multiple of it. Call "
+                    "model.calibrate(images) before dequantize()."
+                )
         super().dequantize(dtype=dtype)
         # Nothing is left for a search.
         strategy = {name: replace(layer, weight_bits=FLOAT_BITS, pinned=True) for name, layer in self.strategy.items()}
@@ -472,9 +492,19 @@ def _first(batches: Batches, num_batches: int) -> Iterator[Tensor]:
 
 
 @contextmanager
-def _restored_on_error(model: nn.Module) -> Iterator[None]:
-    """After an exception inside, activation steps, batch-norm statistics and the training mode are as before."""
+def _modes_restored(model: nn.Module) -> Iterator[None]:
+    """Afterwards each module is in the mode it was in: norms that a user has frozen stay so."""
     modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def _restored_on_error(model: nn.Module) -> Iterator[None]:
+    """After an exception inside, activation steps and batch-norm statistics are as before."""
     norms = [(module, module.momentum) for module in model.modules() if isinstance(module, _BatchNorm)]
     quantizers = input_quantizers(model).values()
     ranges = [(quantizer, quantizer._range, quantizer._least) for quantizer in quantizers]
@@ -484,8 +514,6 @@ def _restored_on_error(model: nn.Module) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        for module, training in modes:
-            module.training = training
         for norm, momentum in norms:
             norm.momentum = momentum
         for tensor, copied in zip(tensors, copies, strict=True):

@@ -1,6 +1,7 @@
 """Loading, saving and publishing a model: transformers' own ways, with packed weights and their checks."""
 
 import os
+from collections.abc import Mapping
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, cast
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 
 from .checkpoint import CheckpointError, check_index, check_inputs
 from .configured import configured_backbone
+from .hf_quantizer import given_state
 from .layers import input_quantizers, is_quantizer_state, quantizable_layers, quantized_layers
 from .strategy import FLOAT_BITS, Strategy, bits_text
 
@@ -77,12 +79,18 @@ class PackedFilesMixin(PreTrainedModel):
     def save_pretrained(
         self,
         save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        *,
         print_size: bool = True,
         remote_code: bool = False,
-        push_to_hub: bool = False,
         **kwargs: Any,
     ) -> None:
         """Save for use: weights packed at their bits, config.json with the strategy. Prints the size (`size_report`).
+
+        `is_main_process`: only there something is written. `state_dict`: tensors to be saved in place of the model's own,
+        as of a moving average; with the names of `model.state_dict()`, else `ValueError`.
 
         With `remote_code` the folder can be loaded with `trust_remote_code=True` in place of `import sdq_hf`; the package
         must be installed all the same. `push_to_hub`, and `repo_id` and further options with it, as in transformers.
@@ -105,8 +113,12 @@ class PackedFilesMixin(PreTrainedModel):
         self.config.__dict__.pop("auto_map", None)
         if remote_code:
             self.config.auto_map = dict(_AUTO_MAP)
-        super().save_pretrained(save_directory, **kwargs)
-        if not kwargs.get("is_main_process", True):
+        token = given_state.set(_named_alike(state_dict, self))
+        try:
+            super().save_pretrained(save_directory, is_main_process, given_state.get(), **kwargs)
+        finally:
+            given_state.reset(token)
+        if not is_main_process:
             return
         if remote_code:
             remote.write_text(_REMOTE_SOURCE)
@@ -126,7 +138,7 @@ class PackedFilesMixin(PreTrainedModel):
             repo_id: such as `org/resnet18-sdq`; made when it is missing.
             options: `private`, `token`, `revision` (a branch, made when it is missing), `commit_message`,
                 `commit_description`, `create_pr`, `max_shard_size` as in transformers; `card`, to be used in place of the
-                one that is written; `license` for that one; `remote_code` as in `save_pretrained`.
+                one that is written; `license` and further `tags` of that one; `remote_code` as in `save_pretrained`.
 
         Raises `PublishError` when the Hub cannot be reached or refuses. A model that `scripts/run_sdq.py` has made is better
         published from its folder (`sdq-hf push`): the card there has its results.
@@ -163,6 +175,21 @@ class PackedFilesMixin(PreTrainedModel):
         rest = sum(t.numel() * t.element_size() for k, t in self.timm_model.state_dict().items() if k not in packed)
         quantized = [x for x in self.strategy.values() if x.weight_bits != FLOAT_BITS]
         return rest + sum(x.total_bits for x in quantized) // 8
+
+
+def _named_alike(state: Mapping[str, Tensor] | None, model: nn.Module) -> dict[str, Tensor] | None:
+    """`state`, if its tensors are those that `model` has; `ValueError` names the first that differs."""
+    if state is None:
+        return None
+    own = model.state_dict()
+    for name in sorted(own.keys() ^ state.keys()):
+        raise ValueError(f"state_dict {'lacks' if name in own else 'has'} {name!r}, unlike model.state_dict().")
+    for name, tensor in own.items():
+        if tensor.shape != state[name].shape:
+            raise ValueError(
+                f"state_dict: {name!r} has the shape {list(state[name].shape)}, expected {list(tensor.shape)}."
+            )
+    return dict(state)
 
 
 def _check_layers(strategy: Strategy, network: nn.Module) -> None:

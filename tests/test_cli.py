@@ -67,6 +67,11 @@ def test_push_info_and_diff_with_the_hub(folders, capsys, monkeypatch, tmp_path)
         assert main(["info", "org-user/nowhere"]) == 2
         assert "There is no folder 'org-user/nowhere', and as a Hub id: " in capsys.readouterr().err
         assert main(["info", "org-user/net@nowhere"]) == 2
+        capsys.readouterr()
+    # The Hub is gone, and config.json is in the cache still.
+    assert main(["info", "org-user/net@w2"]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("sdq-hf: error: org-user/net@w2: the Hub cannot be reached: ")
 
 
 @pytest.mark.parametrize(

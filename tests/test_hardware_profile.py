@@ -249,6 +249,19 @@ def test_save_and_load_give_the_same_logits(tmp_path: Path, options: dict):
         assert torch.equal(loaded.dequantize()(images).logits, profile(images).logits)
 
 
+def test_biases_in_units_that_are_not_fitted_yet_are_not_dequantized():
+    model, images = model_of(scales="power_of_two")
+    model._forget_steps()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"Layer 'conv1': its activation step was never fitted.*calibrate"):
+        model.dequantize()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    model.calibrate(images)
+    with torch.no_grad():
+        expected = model(images).logits
+        assert torch.equal(model.dequantize()(images).logits, expected)
+
+
 def test_it_can_be_searched_and_trained_from_the_start():
     torch.manual_seed(0)
     network = trained_looks(create_backbone("resnet8_cifar", num_classes=5))

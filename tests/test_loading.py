@@ -344,6 +344,26 @@ def test_load_state_dict_takes_the_tensors_of_a_packed_file(tmp_path, form):
     other.train()(images()).logits.sum().backward()
 
 
+@pytest.mark.parametrize("options", [{}, {"weight_quantizer": "dorefa"}, {"weight_scale": "channel"}])
+def test_a_state_dict_is_saved_in_place_of_the_models_own(tmp_path, options):
+    """As of a moving average, or of the shards that a distributed training has gathered."""
+    model, other = (create("resnet8_cifar", seed, **options) for seed in (0, 1))
+    expected = logits(model)
+    model.save_pretrained(tmp_path / "own", True, model.state_dict(), print_size=False)
+    model.save_pretrained(tmp_path / "other", state_dict=other.state_dict(), print_size=False)
+    assert torch.equal(logits(model), expected)
+    assert torch.equal(logits(SDQForImageClassification.from_pretrained(tmp_path / "own")), expected)
+    assert torch.equal(logits(SDQForImageClassification.from_pretrained(tmp_path / "other")), logits(other))
+    state = other.state_dict()
+    weight = state.pop("timm_model.fc.weight")
+    with pytest.raises(ValueError, match=r"state_dict lacks 'timm_model\.fc\.weight'"):
+        model.save_pretrained(tmp_path / "none", state_dict=state)
+    with pytest.raises(ValueError, match=r"'timm_model\.fc\.weight' has the shape \[9, 64\], expected \[10, 64\]"):
+        model.save_pretrained(tmp_path / "none", state_dict={**state, "timm_model.fc.weight": weight[:9]})
+    model.save_pretrained(tmp_path / "none", False)
+    assert not list((tmp_path / "none").glob("*"))
+
+
 @pytest.mark.parametrize("form", ["lsq", "dorefa", "entropy"])
 def test_a_loaded_model_stays_quantized_whatever_happens_to_its_weights(tmp_path, form):
     """Training in eval mode, another state dict, a moving average: what is computed is what a file of it gives."""

@@ -247,6 +247,24 @@ def test_only_running_statistics_change_when_batch_norm_is_recalibrated():
     assert all(k.endswith(("running_mean", "running_var", "num_batches_tracked")) for k in changed)
 
 
+def test_batch_norm_is_recalibrated_with_the_means_over_batches_of_what_eval_mode_computes():
+    """Without dropout; norms that were frozen stay frozen, with statistics of the images all the same."""
+    model = create(model_args={"drop_rate": 0.5, "drop_path_rate": 0.5}).train()
+    model.timm_model.layer1.eval()
+    modes = {name: module.training for name, module in model.named_modules()}
+    batches, seen = [images(5), images(6), images(7)], []
+    model.timm_model.bn1.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    model.recalibrate_batch_norm(batches)
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    assert len(seen) == 3
+    norm = model.timm_model.bn1
+    torch.testing.assert_close(norm.running_mean, torch.stack([x.mean((0, 2, 3)) for x in seen]).mean(0))
+    torch.testing.assert_close(norm.running_var, torch.stack([x.var((0, 2, 3)) for x in seen]).mean(0))
+    again = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.recalibrate_batch_norm(batches)
+    assert all(torch.equal(tensor, again[name]) for name, tensor in model.state_dict().items())
+
+
 def snapshot(model):
     """Everything that a failed call could have changed: tensors, momenta, modes, and what the quantizers remember."""
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}

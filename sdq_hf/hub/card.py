@@ -64,6 +64,9 @@ class RunFacts:
         return next(row for row in self.results["rows"] if row["name"] == self.name)
 
 
+_TAGS = ("sdq", "mixed-precision", "quantization", "timm", "image-classification")
+
+
 def placeholder(model: SDQForImageClassification) -> str:
     """The Hub id in a card of a model that is not published yet; publishing replaces it."""
     return f"your-name/{model.config.architecture.split('.')[0]}-sdq"
@@ -75,6 +78,7 @@ def create_card(
     run: RunFacts | None = None,
     license: str | None = None,
     revision: str | None = None,
+    tags: Sequence[str] = (),
 ) -> ModelCard:
     """The card of `model`, saved in `folder`, where its pictures stand in `plots/`.
 
@@ -82,6 +86,7 @@ def create_card(
         run: the run that made it; without one the card claims no accuracy.
         license: of the weights, a Hub identifier; default: what timm says of its pretrained weights, where there are any.
         revision: the branch that the card is for.
+        tags: further ones, beside ours.
     """
     folder, config, strategy = Path(folder), model.config, model.strategy
     repo_id = placeholder(model)
@@ -92,7 +97,7 @@ def create_card(
     ]
     facts: dict[str, Any] = {} if run is None else _of_run(run, repo_id)
     return ModelCard.from_template(
-        _metadata(model, folder, run, license),
+        _metadata(model, folder, run, license, tags),
         template_path=str(_template()),
         title=repo_id.split("/")[1],
         repo_id=repo_id,
@@ -158,7 +163,7 @@ def _of_run(run: RunFacts, repo_id: str) -> dict[str, Any]:
 
 
 def _metadata(
-    model: SDQForImageClassification, folder: Path, run: RunFacts | None, license: str | None
+    model: SDQForImageClassification, folder: Path, run: RunFacts | None, license: str | None, tags: Sequence[str]
 ) -> ModelCardData:
     config, weights = model.config, stored_digest(folder)
     base: dict[str, Any] = (
@@ -189,7 +194,7 @@ def _metadata(
         library_name="sdq_hf",
         pipeline_tag="image-classification",
         license=license or ((config.pretrained_cfg or {}).get("license") if config.base_model else None),
-        tags=["sdq", "mixed-precision", "quantization", "timm", "image-classification"],
+        tags=list(dict.fromkeys([*_TAGS, *tags])),
         metrics=["accuracy"],
         **base,
         **evaluated,

@@ -3,22 +3,25 @@
 import json
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import (
+    HFValidationError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RevisionNotFoundError,
+)
 from huggingface_hub.utils import validate_repo_id
 
 from ..checkpoint import DIGEST, stored_digest
 from ..modeling_sdq import SDQForImageClassification
 from ..packed_files import REMOTE_CODE
 from .card import PICTURES, RunFacts, create_card, main_method, with_repo_id
-
-# The HTTP library's own error: which library that is differs between versions of huggingface_hub.
-_HTTPError: type[Exception] = HfHubHTTPError.__bases__[0]
+from .errors import HTTPError, reason_of
 
 # What belongs to a model and is published; a later publication clears away those that it lacks.
 _OWN_FILES = re.compile(
@@ -90,7 +93,15 @@ def publish_folder(
         operations.append(CommitOperationAdd("README.md", with_repo_id(str(card), repo_id).encode()))
         # The Hub refuses the commit when another one was made since: files that are the same as there are not sent, so two
         # publications at the same time would be mixed up.
-        parent = api.repo_info(repo_id, revision=revision).sha
+        try:
+            parent = api.repo_info(repo_id, revision=revision).sha
+        except RevisionNotFoundError as error:
+            if not create_pr:
+                raise
+            raise PublishError(
+                f"{repo_id} has no branch {revision!r} that a pull request could be for: publish there first, or leave "
+                f"revision out ({kept or f'the model is in {folder}'})."
+            ) from error
         there = api.list_repo_files(repo_id, revision=parent)
         stale = [name for name in there if name not in names and name != "README.md" and _is_own(name)]
         operations += [CommitOperationDelete(name) for name in stale]
@@ -113,6 +124,7 @@ def publish_model(
     *,
     card: str | ModelCard | None = None,
     license: str | None = None,
+    tags: Sequence[str] | None = None,
     remote_code: bool = False,
     max_shard_size: int | str = "50GB",
     **options: Any,
@@ -127,7 +139,7 @@ def publish_model(
             plot_bits({"sdq": model.strategy}, folder / "plots" / "bits.png")
             if any(not layer.pinned for layer in model.strategy.values()):
                 plot_weights(model, folder / "plots" / "weights.png")
-            card = create_card(model, folder, license=license)
+            card = create_card(model, folder, license=license, tags=tags or ())
         kept = "the model is still in memory; save_pretrained keeps it"
         return publish_folder(folder, repo_id, card=card, kept=kept, **options)
 
@@ -187,25 +199,7 @@ def _explained(repo_id: str, kept: str) -> Iterator[None]:
         yield
     except HFValidationError as error:
         raise PublishError(f"{repo_id!r} is no name of a repository, such as org/name: {error}") from error
-    except (LocalTokenNotFoundError, OfflineModeIsEnabled, _HTTPError, OSError, RuntimeError) as error:
-        raise PublishError(f"Cannot publish {repo_id}: {_reason(error)} ({kept})") from error
-
-
-def _reason(error: BaseException) -> str:
-    if isinstance(error, LocalTokenNotFoundError):
-        return "no token: log in with `hf auth login`, or set HF_TOKEN"
-    if isinstance(error, OfflineModeIsEnabled):
-        return "HF_HUB_OFFLINE is set"
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if status == 401:
-        return "the Hub does not know the token (401): log in with `hf auth login`, or set HF_TOKEN"
-    if status == 412:
-        return "another commit was made there in the meantime (412): publish again"
-    if status == 403:
-        return "the token may not write there (403)"
-    if status is not None:
-        return f"the Hub answered {status}: {' '.join(str(error).split())}"
-    if isinstance(error, RuntimeError) and error.__cause__ is not None:
-        # What the client makes of a failed upload of a large file.
-        return f"{error} {_reason(error.__cause__)}"
-    return f"the Hub cannot be reached: {error}"
+    except PublishError:
+        raise
+    except (LocalTokenNotFoundError, OfflineModeIsEnabled, HTTPError, OSError, RuntimeError) as error:
+        raise PublishError(f"Cannot publish {repo_id}: {reason_of(error)} ({kept})") from error

@@ -693,6 +693,9 @@ def taking_images_of(network: nn.Module, teacher: nn.Module, channels: int) -> n
 class _Affine(nn.Module):
     """`x * factor + offset` of images [B, C, H, W], with one of each channel."""
 
+    factor: Tensor
+    offset: Tensor
+
     def __init__(self, factor: Tensor, offset: Tensor):
         super().__init__()
         self.register_buffer("factor", factor.view(-1, 1, 1))

@@ -103,6 +103,16 @@ def test_options_of_push_are_passed_through(hub, model):
     assert "model.safetensors" in hub.files(REPO, "refs/pr/1")
 
 
+def test_a_pull_request_for_a_branch_that_is_missing_is_refused_and_tags_are_added(hub, model):
+    with pytest.raises(PublishError, match=r"has no branch 'w9'.*leave revision out"):
+        model.push_to_hub(REPO, create_pr=True, revision="w9", tags=["new"])
+    model.push_to_hub(REPO, tags=["flowers", "sdq"])
+    tags = ModelCard(hub.files(REPO)["README.md"].decode()).data.tags
+    assert tags.count("sdq") == tags.count("flowers") == 1
+    model.push_to_hub(REPO, revision="w9")
+    assert "/discussions/" in model.push_to_hub(REPO, create_pr=True, revision="w9", tags=["new"])
+
+
 def test_shards_of_an_earlier_publication_are_cleared_in_the_same_commit(hub, model):
     model.push_to_hub(REPO, max_shard_size="20KB")
     shards = [name for name in hub.files(REPO) if name.startswith("model-")]
