@@ -292,8 +292,11 @@ class SDQForImageClassification(PackedFilesMixin):
         """Fit every activation step and sign to images: `batches` ([B, C, H, W] each, or dicts with pixel_values), or one.
 
         Layer by layer in the network's order, each seeing the quantized outputs of those before it. Raises `ValueError` for
-        data without a batch, or with one that is no images; on any error the steps stay as they were.
+        data without a batch, or with one that is no images, and inside `float_mode`, where no input is quantized; on any
+        error the steps stay as they were.
         """
+        if not all(layer.enabled for layer in attached_layers(self.timm_model).values()):
+            raise ValueError("calibrate() fits what quantizers round with: call it outside float_mode().")
         images = torch.cat(list(_first(batches, num_batches))).to(self.device)
         if images.dim() != 4:
             raise ValueError(f"Images to calibrate with must be [B, C, H, W], got {images.dim()} dimensions.")

@@ -314,6 +314,16 @@ def test_one_batch_calibrates_as_a_list_of_it_does():
     assert torch.equal(steps[0], steps[2])
 
 
+def test_calibration_in_float_mode_is_refused():
+    model = create()
+    before = snapshot(model)
+    with model.float_mode(), pytest.raises(ValueError, match=r"outside float_mode"):
+        model.calibrate(images(5))
+    state, modules, least = snapshot(model)
+    assert (modules, least) == before[1:]
+    assert all(torch.equal(state[name], tensor) for name, tensor in before[0].items())
+
+
 def test_images_that_are_not_finite_or_no_batch_calibrate_nothing():
     model, x = create(), images(5)
     before = snapshot(model)[0]

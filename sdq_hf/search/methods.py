@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..costs import Cost, get_cost
 from ..modeling_sdq import SDQForImageClassification
 from ..strategy import Strategy, is_whole, short
+from ..training.ranges import BELOW_ONE, BETWEEN, NOT_NEGATIVE, POSITIVE, Range
 from .agreement import check_agreement
 from .descent import Descent
 from .relaxed import edmips, fracbits
@@ -160,8 +161,30 @@ def _floors(floors: Any) -> dict[str, int]:
     return {pattern: int(bits) for pattern, bits in (floors or {}).items()}
 
 
+# Where the numbers of a method's options may lie.
+_RANGES = {
+    "min_draws": POSITIVE,
+    "max_draws": POSITIVE,
+    "caution": NOT_NEGATIVE,
+    "keep": Range("above 0 and at most 1", lambda x: 0 < x <= 1),
+    "simpson_from": NOT_NEGATIVE,
+    "growth": NOT_NEGATIVE,
+    "lr": POSITIVE,
+    "momentum": BELOW_ONE,
+    "temperature": POSITIVE,
+    "threshold": BETWEEN,
+    "cost_weight": NOT_NEGATIVE,
+    "error_weight": NOT_NEGATIVE,
+    "patience": NOT_NEGATIVE,
+    "images": POSITIVE,
+    "probes": POSITIVE,
+    "batches": POSITIVE,
+    "cross_bits": POSITIVE,
+}
+
+
 def check_options(method: str, options: Mapping[str, Any]) -> None:
-    """`ValueError` for an unknown method, `TypeError` for an option that it does not have or a value of another type."""
+    """`ValueError` for an unknown method or a number out of range, `TypeError` for an unknown option or another type."""
     if method not in METHODS:
         near = get_close_matches(method, METHODS, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
@@ -178,6 +201,11 @@ def check_options(method: str, options: Mapping[str, Any]) -> None:
         if not isinstance(value, allowed) or isinstance(value, bool):
             kind = {float: "a number", int: "a whole number"}.get(type(default), "text")
             raise TypeError(f"The method {method!r}: {option} must be {kind}, such as {default!r}, got {value!r}.")
+        where = _RANGES.get(option)
+        if where is not None and not (math.isfinite(value) and where.holds(value)):
+            raise ValueError(
+                f"The method {method!r}: {option} must be {where.words}, such as {default!r}, got {value!r}."
+            )
 
 
 def check_granularity(method: str, granularity: str, search_activations: bool = False) -> None:

@@ -435,7 +435,7 @@ def _check_methods(search: SearchArguments, granularity: str) -> None:
         raise ArgumentError(f"--granularity or --search_activations: {error}") from None
     try:
         check_options(search.search, values_by_name(search.search_options))
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise ArgumentError(f"--search_options: {error}") from None
 
 

@@ -107,7 +107,13 @@ class Run:
                 "--streaming: the teacher must be trained, and nobody knows how long an epoch of a stream is: give "
                 "--teacher_max_steps, or trained weights with --checkpoint"
             )
-        train = self.loaders()["train"]
+        train, mixes = self.loaders()["train"], self.arguments.data.mixup > 0 or self.arguments.data.cutmix > 0
+        images = len(self.data.splits["train"]) if not self.arguments.data.streaming else 0
+        if mixes and images % 2 and images < self.arguments.data.batch_size:
+            raise ArgumentError(
+                f"--mixup and --cutmix need an even number of images in a batch, and the only one has the {images} of the "
+                "training split"
+            )
         if not self.arguments.data.streaming and not len(train):
             raise ArgumentError(
                 f"The training split has fewer batches of {self.arguments.data.batch_size} than processes"

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..layers import quantizer_parameters
 from ..modeling_sdq import SDQForImageClassification
 from ..quantizers.positive import floors, set_floors
 from ..writing import save_tensors
@@ -32,6 +33,7 @@ class QATCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         model: SDQForImageClassification = kwargs["model"]
+        _warn_of_decay(model, kwargs.get("optimizer"))
         path = _checkpoint(args, state) / REAL_WEIGHTS
         if not state.global_step:
             return
@@ -57,6 +59,16 @@ class QATCallback(TrainerCallback):
                 if least is not None:
                     weights[_FLOOR + name] = torch.tensor(least, dtype=torch.float64)
             save_tensors(weights, _checkpoint(args, state) / REAL_WEIGHTS)
+
+
+def _warn_of_decay(model: SDQForImageClassification, optimizer: torch.optim.Optimizer | None) -> None:
+    learned = {id(parameter) for _, parameter in quantizer_parameters(model)}
+    groups = optimizer.param_groups if optimizer is not None else []
+    if any(group.get("weight_decay") and learned.intersection(map(id, group["params"])) for group in groups):
+        logger.warning(
+            "The optimizer shrinks the learned scales and steps by weight decay. Pass Trainer optimizers=(sdq_hf.training."
+            "optim.create_optimizer(model, OptimizerArguments(lr=..., weight_decay=...)), None), which leaves them out."
+        )
 
 
 def _fit(weights: Mapping[str, Tensor], model: SDQForImageClassification) -> bool:

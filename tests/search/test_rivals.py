@@ -269,5 +269,7 @@ def test_random_depends_on_the_seed(planted):
 def test_options_of_another_method_are_refused(planted):
     with pytest.raises(TypeError, match="'table' has no option 'lr'; its options are: images"):
         search(planted, Images(), [3.0], method="table", lr=1.0)
+    with pytest.raises(ValueError, match=r"'paper': threshold must be between 0 and 1, such as 0.05, got nan"):
+        search(planted, Images(), [3.0], method="paper", threshold=float("nan"))
     with pytest.raises(ValueError, match="'hawq' needs data"):
         search(planted, None, [3.0], method="hawq")

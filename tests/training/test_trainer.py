@@ -18,6 +18,7 @@ from sdq_hf import SDQForImageClassification
 from sdq_hf.export.lower import integer_network
 from sdq_hf.layers import quantizer_parameters
 from sdq_hf.training.metrics import Accuracy, TopKEvaluator, compute_metrics
+from sdq_hf.training.optim import OptimizerArguments, create_optimizer
 from sdq_hf.training.trainer import QATCallback
 from tests.hub_server import HubServer, patch_client
 from tests.test_modeling_sdq import create, images, logits
@@ -90,6 +91,22 @@ def test_a_resumed_training_equals_the_uninterrupted_one(tmp_path, form):
     # What it has come to is a model in a file, too.
     whole.save_pretrained(tmp_path / "model", print_size=False)
     assert torch.equal(logits(SDQForImageClassification.from_pretrained(tmp_path / "model")), logits(whole.eval()))
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+@pytest.mark.parametrize("ours", [False, True])
+def test_weight_decay_of_scales_is_told(tmp_path, caplog, decay, ours):
+    model = trained(create("resnet8_cifar"))
+    changes = {"weight_decay": decay, "max_steps": 1, "save_strategy": "no"}
+    optimizer = create_optimizer(model, OptimizerArguments(lr=1e-3, weight_decay=decay)) if ours else None
+    Trainer(
+        model,
+        arguments(tmp_path, **changes),
+        train_dataset=examples(8),
+        callbacks=[QATCallback()],
+        optimizers=(optimizer, None),
+    ).train()
+    assert ("shrinks the learned scales" in caplog.text) == (decay > 0 and not ours)
 
 
 def test_a_model_in_the_hardware_profile_is_trained_pushed_and_loaded_with_its_integers(tmp_path, monkeypatch):
