@@ -2,14 +2,14 @@
 
 import json
 import shutil
-import signal
-import threading
+from contextlib import redirect_stdout
 
 import pytest
 import torch
 
 from sdq_hf.cli import main
 from tests.hub_server import HubServer, patch_client
+from tests.stopper import Stopper
 from tests.test_modeling_sdq import create
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=.*:DeprecationWarning")
@@ -115,11 +115,12 @@ def test_help_teaches(capsys):
     assert stop.value.code == 2
 
 
-def test_ctrl_c_ends_an_export_in_one_line_and_leaves_nothing(tmp_path, capsys):
+@pytest.mark.parametrize("when", ["onnx: writing", "integers: 20 images", "onnx: 20 real images"])
+def test_ctrl_c_ends_an_export_in_one_line_and_leaves_nothing(tmp_path, capsys, when):
     model = create("resnet8_cifar").to_hardware_profile(torch.rand(4, 3, 32, 32))
     model.save_pretrained(tmp_path / "model", print_size=False)
-    threading.Timer(0.5, signal.raise_signal, [signal.SIGINT]).start()
-    output = str(tmp_path / "out")
-    assert main(["export", str(tmp_path / "model"), "--to", "onnx", "--images", "2000", "--output", output]) == 130
+    command = ["export", str(tmp_path / "model"), "--to", "onnx", "--images", "20", "--output", str(tmp_path / "out")]
+    with redirect_stdout(Stopper(when)):
+        assert main(command) == 130
     assert capsys.readouterr().err.splitlines()[-1] == "sdq-hf: stopped"
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

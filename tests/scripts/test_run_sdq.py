@@ -31,6 +31,7 @@ from sdq_hf.hub.publish import revision_of
 from sdq_hf.training.arguments import parse_arguments
 from sdq_hf.training.interrupt import Interrupt
 from tests.hub_server import HubServer, patch_client
+from tests.stopper import Stopper
 
 # The Hub client's own use of a deprecated argument when it uploads large files.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=.*:DeprecationWarning")
@@ -184,19 +185,6 @@ def test_pictures_and_models_are_left_and_nothing_unfinished(finished):
     assert {path.name for path in (folder / "plots").iterdir()} >= {"bits.png", "descent.png", "accuracy.png"}
     leftovers = [p.name for p in folder.rglob("*") if p.name.endswith((".new", ".tmp")) or "checkpoint" in p.name]
     assert leftovers == []
-
-
-class Stopper(io.StringIO):
-    """Standard output that sends this process a Ctrl-C, or another signal, when `text` has been printed."""
-
-    def __init__(self, text, signal=signal.SIGINT):
-        super().__init__()
-        self.text, self.signal = text, signal
-
-    def write(self, text):
-        if self.text in text:
-            signal.raise_signal(self.signal)
-        return super().write(text)
 
 
 def test_a_run_stopped_in_each_stage_and_resumed_equals_the_one_that_was_not(data, finished, tmp_path, capsys):
