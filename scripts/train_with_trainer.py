@@ -14,6 +14,7 @@ import sys
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import datasets
@@ -127,14 +128,16 @@ def run(options: ScriptArguments, training: TrainingArguments) -> None:
 def load_teacher(model: SDQForImageClassification, path: str) -> nn.Module:
     """timm's network of `model` with the weights of a file; `ValueError` where they do not fit."""
     config = model.config
+    what = f"--teacher {path} is no file of float weights of {config.architecture}"
+    if not Path(path).is_file():
+        raise ValueError(f"{what}: there is no such file")
     try:
         return create_backbone(
             config.architecture, num_classes=config.num_labels, checkpoint_path=path, **config.model_args
         )
     except ValueError as error:
         # torch lists every tensor that is missing.
-        reason = textwrap.shorten(str(error).partition(": ")[2], 200)
-        raise ValueError(f"--teacher {path} is no file of float weights of {config.architecture}: {reason}") from error
+        raise ValueError(f"{what}: {textwrap.shorten(str(error.__cause__ or error), 200)}") from error
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from typing import Any
 
 import transformers
 from huggingface_hub import HfApi
+from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig
@@ -305,6 +306,8 @@ def _tensors(model: str) -> dict[str, tuple[int, Mapping[str, int]]]:
         sizes = {
             f.rfilename: f.size for f in api.model_info(name, revision=revision, files_metadata=True).siblings or ()
         }
+    except (NotASafetensorsRepoError, SafetensorsParsingError) as error:
+        raise ValueError(f"{model}: {error}") from error
     except (HTTPError, OSError) as error:
         raise ValueError(f"{model}: {reason_of(error)}") from error
     return {

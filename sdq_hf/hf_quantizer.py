@@ -51,11 +51,12 @@ class SDQHfQuantizer(HfQuantizer):
         given = given_state.get()
         state = dict(model.state_dict() if given is None else given)
         for name, layer in quantized_layers(model).items():
-            quantizer = layer.weight_quantizer
+            quantizer, weight = layer.weight_quantizer, state.pop(f"{name}.weight").detach()
             if given is not None:
-                quantizer = copy.deepcopy(quantizer)
+                # What was gathered from several devices is on the CPU, whatever the model is on.
+                quantizer = copy.deepcopy(quantizer).to(weight.device)
                 quantizer.scale.data.copy_(state[f"{name}.weight_quantizer.scale"])
-            state[f"{name}.{PACKED}"] = quantizer.pack(state.pop(f"{name}.weight").detach())
+            state[f"{name}.{PACKED}"] = quantizer.pack(weight)
         return {**state, DIGEST: torch.tensor(list(digest(state)), dtype=torch.uint8)}, {}
 
     def _process_model_before_weight_loading(
@@ -103,6 +104,9 @@ class SDQHfQuantizer(HfQuantizer):
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> nn.Module:
+        # Weights that all normalise together were kept in float32.
+        computed = model.dtype
         for layer in quantized_layers(model).values():
             layer.dequantize()
+            layer.weight.data = layer.weight.data.to(computed)
         return model

@@ -295,16 +295,22 @@ class SDQForImageClassification(PackedFilesMixin):
         data without a batch, or with one that is no images, and inside `float_mode`, where no input is quantized; on any
         error the steps stay as they were.
         """
-        if not all(layer.enabled for layer in attached_layers(self.timm_model).values()):
-            raise ValueError("calibrate() fits what quantizers round with: call it outside float_mode().")
+        self._check_enabled("calibrate")
         images = torch.cat(list(_first(batches, num_batches))).to(self.device)
         if images.dim() != 4:
             raise ValueError(f"Images to calibrate with must be [B, C, H, W], got {images.dim()} dimensions.")
         if not images.isfinite().all():
             raise ValueError("Images to calibrate with must be finite: some have NaN or infinite values.")
+        quantizers = input_quantizers(self.timm_model).values()
         with _restored_on_error(self), _modes_restored(self):
             self._forget_steps()
-            self.eval()(images)
+            try:
+                for quantizer in quantizers:
+                    quantizer.calibrating = True
+                self.eval()(images)
+            finally:
+                for quantizer in quantizers:
+                    quantizer.calibrating = False
 
     def to_hardware_profile(
         self,
@@ -346,6 +352,12 @@ class SDQForImageClassification(PackedFilesMixin):
         profile.calibrate(batches, num_batches)
         return profile.train(self.training)
 
+    def _check_enabled(self, call: str) -> None:
+        if not all(layer.enabled for layer in attached_layers(self.timm_model).values()):
+            raise ValueError(
+                f"{call}() depends on the quantizers, which float_mode() has put out of work: call it outside."
+            )
+
     def _forget_steps(self) -> None:
         for quantizer in input_quantizers(self.timm_model).values():
             quantizer.set_bits(quantizer.bits)
@@ -367,7 +379,8 @@ class SDQForImageClassification(PackedFilesMixin):
                 norm.reset_running_stats()
                 # The mean of all batches, not one that forgets the first.
                 norm.momentum = None
-                norm.train()
+                # Not train(), which would take timm's DropBlock inside it along.
+                norm.training = True
             for images in _first(batches, num_batches):
                 self(images.to(self.device))
             for norm, momentum in zip(norms, momenta, strict=True):
@@ -445,10 +458,12 @@ class SDQForImageClassification(PackedFilesMixin):
         The quantized weights stand in ordinary layers then, as float numbers; files are as large as a float model's. Inputs
         are still rounded, since the logits depend on it; `float_twin()` gives timm's model without any rounding.
 
-        Raises `ValueError` for a model with integer biases, which are multiples of activation steps, before these are fitted.
+        Raises `ValueError` for a model with integer biases, which are multiples of activation steps, before these are fitted,
+        and inside `float_mode`.
         """
         if not self.quantized_layers():
             return self
+        self._check_enabled("dequantize")
         for name, layer in self.quantized_layers().items():
             if layer.integer_bias and layer.input_quantizer is not None and layer.input_quantizer.step.item() <= 0:
                 raise ValueError(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .checkpoint import CheckpointError, check_index, check_inputs
+from .checkpoint import CheckpointError, check_index, check_inputs, check_scale
 from .configured import configured_backbone
 from .hf_quantizer import given_state
 from .layers import input_quantizers, is_quantizer_state, quantizable_layers, quantized_layers
@@ -68,10 +68,13 @@ class PackedFilesMixin(PreTrainedModel):
             raise CheckpointError(
                 f"{pretrained_model_name_or_path}: the file lacks {missing[0]!r}, which config.json asks for."
             )
-        for name, quantizer in input_quantizers(model.timm_model).items():
-            check_inputs(name, quantizer)
-            # Read from the state now: in a graph of torch.export or torch.compile it could not be.
-            _ = quantizer.range
+        # Ranges and floors are read from the state now: in a graph of torch.export or torch.compile they could not be.
+        for name, inputs in input_quantizers(model.timm_model).items():
+            check_inputs(name, inputs)
+            _ = inputs.range
+            inputs.keep_positive(inputs.step)
+        for layer in model.quantized_layers().values():
+            layer.weight_quantizer.keep_positive(layer.weight_quantizer.scale)
         _restore_buffers(model)
         _align(model)
         return (model, info) if wants_info else model
@@ -101,9 +104,10 @@ class PackedFilesMixin(PreTrainedModel):
         _check_layers(self.strategy, self.timm_model)
         for layer in self.quantized_layers().values():
             layer.weight_quantizer.keep_positive(layer.weight_quantizer.scale)
+        state = _named_alike(state_dict, self)
         for name, quantizer in input_quantizers(self.timm_model).items():
             quantizer.keep_positive(quantizer.step)
-            if quantizer.step.item() <= 0:
+            if state is None and quantizer.step.item() <= 0:
                 raise ValueError(
                     f"Layer {name!r}: its activation step was never fitted. Call model.calibrate(images) before saving."
                 )
@@ -113,9 +117,9 @@ class PackedFilesMixin(PreTrainedModel):
         self.config.__dict__.pop("auto_map", None)
         if remote_code:
             self.config.auto_map = dict(_AUTO_MAP)
-        token = given_state.set(_named_alike(state_dict, self))
+        token = given_state.set(state)
         try:
-            super().save_pretrained(save_directory, is_main_process, given_state.get(), **kwargs)
+            super().save_pretrained(save_directory, is_main_process, state, **kwargs)
         finally:
             given_state.reset(token)
         if not is_main_process:
@@ -178,7 +182,7 @@ class PackedFilesMixin(PreTrainedModel):
 
 
 def _named_alike(state: Mapping[str, Tensor] | None, model: nn.Module) -> dict[str, Tensor] | None:
-    """`state`, if its tensors are those that `model` has; `ValueError` names the first that differs."""
+    """`state`, if its tensors are those that `model` has, with scales that a file can hold; `ValueError` names the first."""
     if state is None:
         return None
     own = model.state_dict()
@@ -189,6 +193,9 @@ def _named_alike(state: Mapping[str, Tensor] | None, model: nn.Module) -> dict[s
             raise ValueError(
                 f"state_dict: {name!r} has the shape {list(state[name].shape)}, expected {list(tensor.shape)}."
             )
+        if name.endswith((".weight_quantizer.scale", ".input_quantizer.step")):
+            layer, _, field = name.rpartition(".")
+            check_scale(layer.rpartition(".")[0], state[name], field)
     return dict(state)
 
 

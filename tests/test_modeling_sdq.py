@@ -248,8 +248,8 @@ def test_only_running_statistics_change_when_batch_norm_is_recalibrated():
 
 
 def test_batch_norm_is_recalibrated_with_the_means_over_batches_of_what_eval_mode_computes():
-    """Without dropout; norms that were frozen stay frozen, with statistics of the images all the same."""
-    model = create(model_args={"drop_rate": 0.5, "drop_path_rate": 0.5}).train()
+    """Norms that were frozen stay frozen, with statistics of the images all the same."""
+    model = create().train()
     model.timm_model.layer1.eval()
     modes = {name: module.training for name, module in model.named_modules()}
     batches, seen = [images(5), images(6), images(7)], []
@@ -260,9 +260,16 @@ def test_batch_norm_is_recalibrated_with_the_means_over_batches_of_what_eval_mod
     norm = model.timm_model.bn1
     torch.testing.assert_close(norm.running_mean, torch.stack([x.mean((0, 2, 3)) for x in seen]).mean(0))
     torch.testing.assert_close(norm.running_var, torch.stack([x.var((0, 2, 3)) for x in seen]).mean(0))
-    again = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    model.recalibrate_batch_norm(batches)
-    assert all(torch.equal(tensor, again[name]) for name, tensor in model.state_dict().items())
+
+
+def test_batch_norm_is_recalibrated_without_what_is_drawn_inside_of_norms():
+    """timm's DropBlock stands inside its norms."""
+    model = create("skresnet18", size=64, model_args={"drop_block_rate": 0.5, "drop_rate": 0.5}).train()
+    found = []
+    for _ in range(2):
+        model.recalibrate_batch_norm([images(5, size=64)])
+        found.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+    assert all(torch.equal(tensor, found[0][name]) for name, tensor in found[1].items())
 
 
 def snapshot(model):
@@ -314,11 +321,12 @@ def test_one_batch_calibrates_as_a_list_of_it_does():
     assert torch.equal(steps[0], steps[2])
 
 
-def test_calibration_in_float_mode_is_refused():
+@pytest.mark.parametrize("call", ["calibrate", "dequantize"])
+def test_what_depends_on_quantizers_is_refused_in_float_mode(call):
     model = create()
     before = snapshot(model)
-    with model.float_mode(), pytest.raises(ValueError, match=r"outside float_mode"):
-        model.calibrate(images(5))
+    with model.float_mode(), pytest.raises(ValueError, match=rf"{call}\(\) depends on the quantizers.*call it outside"):
+        model.calibrate(images(5)) if call == "calibrate" else model.dequantize()
     state, modules, least = snapshot(model)
     assert (modules, least) == before[1:]
     assert all(torch.equal(state[name], tensor) for name, tensor in before[0].items())

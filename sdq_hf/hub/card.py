@@ -194,7 +194,7 @@ def _metadata(
         library_name="sdq_hf",
         pipeline_tag="image-classification",
         license=license or ((config.pretrained_cfg or {}).get("license") if config.base_model else None),
-        tags=list(dict.fromkeys([*_TAGS, *tags])),
+        tags=list(dict.fromkeys([*_TAGS, *([tags] if isinstance(tags, str) else tags)])),
         metrics=["accuracy"],
         **base,
         **evaluated,

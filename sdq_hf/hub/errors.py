@@ -25,7 +25,7 @@ def reason_of(error: BaseException) -> str:
     if status == 412:
         return "another commit was made there in the meantime (412): publish again"
     if status == 403:
-        return "the token may not write there (403)"
+        return "the token does not allow that (403)"
     if status is not None:
         return f"the Hub answered {status}: {' '.join(str(error).split())}"
     if isinstance(error, RuntimeError) and error.__cause__ is not None:

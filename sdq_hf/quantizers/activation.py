@@ -144,6 +144,8 @@ class ActivationQuantizer(KeepsPositive, nn.Module):
         self.register_buffer("signed", torch.zeros((), dtype=torch.uint8))
         # The integer range, read from the state once: asking a tensor for its value at each step would make a GPU wait.
         self._range: tuple[int, int] | None = None
+        # Inside `calibrate`, which chooses its images.
+        self.calibrating = False
         # Whether quantized activations wait for the backward pass as codes of a byte; see `saved_as_codes`.
         self.compact = False
 
@@ -198,18 +200,17 @@ class ActivationQuantizer(KeepsPositive, nn.Module):
         return y.to(dtype)
 
     def _fit_first(self, x: Tensor) -> None:
-        """Fit to the first tensor that comes by; in a training of several processes all take the first one's."""
-        if getattr(self, "_is_replica", False):
+        """Fit to the first tensor that comes by. Raises `RuntimeError` on several devices, but for a calibration.
+
+        Each process would fit another step to its own images, and what the copies of torch.nn.DataParallel fit is lost.
+        """
+        of_several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        if getattr(self, "_is_replica", False) or (of_several and not self.calibrating):
             raise RuntimeError(
-                "An activation step is not fitted, and what a copy made by torch.nn.DataParallel fits is lost: call "
-                "model.calibrate(images) before the training, or use one process for each GPU."
+                "An activation step is not fitted, and of several processes or devices each would fit another: call "
+                "model.calibrate(images) first, with the same images in every process."
             )
         self.fit(x)
-        # Only a training is sure to come by here on every rank.
-        if self.training and torch.is_grad_enabled() and dist.is_available() and dist.is_initialized():
-            for tensor in (self.step.data, self.signed):
-                dist.broadcast(tensor, src=0)
-            self._range = None
 
     @contextmanager
     def saved_as_codes(self, y: Tensor) -> Iterator[None]:

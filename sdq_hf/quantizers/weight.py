@@ -294,12 +294,14 @@ class WeightQuantizer(KeepsPositive, nn.Module):
             self.scale.copy_(best_channel_scales(w, self.form, self.grid, self.bits, self.power_of_two))
         self._least = self._quantized = None
 
+    def train(self, mode: bool = True) -> "WeightQuantizer":
+        if mode:
+            # A training may write through `.data`, which no version counts.
+            self._quantized = None
+        return super().train(mode)
+
     def forward(self, w: Tensor) -> Tensor:
-        if torch.is_grad_enabled():
-            if self.training and self._quantized is not None:
-                # A training may write through `.data`, which no version counts.
-                self._quantized = None
-        elif self.is_quantized(w):
+        if not torch.is_grad_enabled() and self.is_quantized(w):
             return w
         self.keep_positive(self.scale)
         learns = torch.is_grad_enabled() and self.scale.requires_grad

@@ -161,6 +161,7 @@ def _floors(floors: Any) -> dict[str, int]:
     return {pattern: int(bits) for pattern, bits in (floors or {}).items()}
 
 
+_ANY = Range("a finite number", lambda x: True)
 # Where the numbers of a method's options may lie.
 _RANGES = {
     "min_draws": POSITIVE,
@@ -201,8 +202,8 @@ def check_options(method: str, options: Mapping[str, Any]) -> None:
         if not isinstance(value, allowed) or isinstance(value, bool):
             kind = {float: "a number", int: "a whole number"}.get(type(default), "text")
             raise TypeError(f"The method {method!r}: {option} must be {kind}, such as {default!r}, got {value!r}.")
-        where = _RANGES.get(option)
-        if where is not None and not (math.isfinite(value) and where.holds(value)):
+        where = _RANGES.get(option, _ANY)
+        if not isinstance(value, str) and not (math.isfinite(value) and where.holds(value)):
             raise ValueError(
                 f"The method {method!r}: {option} must be {where.words}, such as {default!r}, got {value!r}."
             )

@@ -41,28 +41,29 @@ def _descend(task: Task, update: TwoSided | Paper) -> list[Strategy]:
         task.resume_from,
     )
     step, trained = 0, task.weight_lr > 0
+    tensors: Mapping[str, Tensor] = {}
     if resume_from is not None:
-        step = resume_from["batch"]
+        step, tensors = resume_from["batch"], resume_from.get("tensors", {})
+        _check_trained(tensors, trained)
+        # The activation steps at the start, which the model is left with.
+        model.load_state_dict(_under("fitted.", tensors), strict=False)
         descent.load_state_dict(resume_from["descent"])
         update.load_state_dict(resume_from["update"])
         log.moves, log.estimates = list(resume_from["moves"]), list(resume_from["estimates"])
         log.batches, log.backward_images = step, resume_from["backward_images"]
     else:
         task.calibrate()
+    fitted = {key: tensor.clone() for key, tensor in model.state_dict().items() if ".input_quantizer." in key}
     teacher = task.float_network()
     weights, inputs = StochasticWeights(model, descent, trained=trained), StochasticInputs(model, descent)
     try:
         with searching(model, trained=trained) as parameters:
             training = Training(task, parameters)
-            tensors: Mapping[str, Tensor] = {}
             if resume_from is not None:
-                tensors = resume_from.get("tensors", {})
                 training.load(tensors)
                 set_floors(model, resume_from["floors"])
-            saved = {key.removeprefix("scales."): value for key, value in tensors.items() if key.startswith("scales.")}
-            weights.start(saved)
-            kept = {key.removeprefix("inputs."): value for key, value in tensors.items() if key.startswith("inputs.")}
-            inputs.start(kept or task.input_steps())
+            weights.start(_under("scales.", tensors))
+            inputs.start(_under("inputs.", tensors) or task.input_steps())
             if isinstance(update, Paper):
                 update.errors |= inputs.errors()
 
@@ -76,9 +77,12 @@ def _descend(task: Task, update: TwoSided | Paper) -> list[Strategy]:
                     "backward_images": log.backward_images,
                     "floors": floors(model),
                 }
-                steps = {f"inputs.{name}": value for name, value in inputs.steps.items()}
-                scales = {f"scales.{name}": value for name, value in weights.scales().items()} if trained else {}
-                state["tensors"] = {**training.tensors(), **scales, **steps}
+                found = {f"fitted.{name}": value for name, value in fitted.items()}
+                found |= {f"inputs.{name}": value for name, value in inputs.steps.items()}
+                if trained:
+                    found |= {f"scales.{name}": value for name, value in weights.scales().items()}
+                    found |= training.tensors()
+                state["tensors"] = found
                 return state
 
             # Batches that share one draw and one update, as in the training loop.
@@ -142,6 +146,19 @@ def _descend(task: Task, update: TwoSided | Paper) -> list[Strategy]:
     return descent.strategies()
 
 
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those of `tensors` whose names begin with `prefix`, without it."""
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+
+
+def _check_trained(tensors: Mapping[str, Tensor], trained: bool) -> None:
+    """`ValueError` where a search whose tensors these are trained weights and the one that goes on does not, or reversed."""
+    before = bool(_under("scales.", tensors))
+    if before != trained:
+        what = "its weights" if before else "no weights (weight_lr was 0)"
+        raise ValueError(f"The saved search trained {what}: resume it with the weight_lr that it had.")
+
+
 class Training:
     """Weights that follow the search, by AdamW on its loss; nothing where there are no `parameters` to train.
 
@@ -194,30 +211,19 @@ class Training:
         return finite
 
     def tensors(self) -> dict[str, Tensor]:
-        """Copies of the model's and the optimizer's tensors; where nothing is trained, of the steps that were fitted."""
-        own = self.model.state_dict()
-        if self.optimizer is None:
-            found = {f"model.{key}": own[key] for key in own if ".input_quantizer." in key}
-        else:
-            found = {f"model.{key}": value for key, value in own.items()}
-            for index, values in self.optimizer.state_dict()["state"].items():
-                found |= {f"optimizer.{index}.{key}": value for key, value in values.items()}
+        """Copies of the model's and the optimizer's tensors."""
+        assert self.optimizer is not None
+        found = {f"model.{key}": value for key, value in self.model.state_dict().items()}
+        for index, values in self.optimizer.state_dict()["state"].items():
+            found |= {f"optimizer.{index}.{key}": value for key, value in values.items()}
         return {key: value.detach().clone().contiguous() for key, value in found.items()}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        groups: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}}
-        for key, value in tensors.items():
-            kind, _, rest = key.partition(".")
-            if kind in groups:
-                groups[kind][rest] = value
-        if bool(groups["optimizer"]) != (self.optimizer is not None):
-            trained = "its weights" if groups["optimizer"] else "no weights (weight_lr was 0)"
-            raise ValueError(f"The saved search trained {trained}: resume it with the weight_lr that it had.")
-        self.model.load_state_dict(groups["model"], strict=self.optimizer is not None)
         if self.optimizer is None:
             return
+        self.model.load_state_dict(_under("model.", tensors))
         state: dict[int, dict[str, Tensor]] = {}
-        for key, value in groups["optimizer"].items():
+        for key, value in _under("optimizer.", tensors).items():
             index, _, field_name = key.partition(".")
             state.setdefault(int(index), {})[field_name] = value
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})

@@ -107,16 +107,24 @@ class Run:
                 "--streaming: the teacher must be trained, and nobody knows how long an epoch of a stream is: give "
                 "--teacher_max_steps, or trained weights with --checkpoint"
             )
-        train, mixes = self.loaders()["train"], self.arguments.data.mixup > 0 or self.arguments.data.cutmix > 0
-        images = len(self.data.splits["train"]) if not self.arguments.data.streaming else 0
-        if mixes and images % 2 and images < self.arguments.data.batch_size:
-            raise ArgumentError(
-                f"--mixup and --cutmix need an even number of images in a batch, and the only one has the {images} of the "
-                "training split"
-            )
+        self._check_mixing()
+        train = self.loaders()["train"]
         if not self.arguments.data.streaming and not len(train):
             raise ArgumentError(
                 f"The training split has fewer batches of {self.arguments.data.batch_size} than processes"
+            )
+
+    def _check_mixing(self) -> None:
+        """Refuse mixup of an odd number of images, which a split smaller than one batch may leave."""
+        data = self.arguments.data
+        if data.streaming or self.accelerator.num_processes > 1 or data.mixup <= 0 >= data.cutmix:
+            # Streams have whole batches only, and several processes fill theirs up.
+            return
+        images = len(self.data.splits["train"])
+        if images % 2 and images < max(data.batch_size, self.arguments.teacher.teacher_batch_size or 0):
+            raise ArgumentError(
+                f"--mixup and --cutmix need an even number of images in a batch, and the only one has the {images} of the "
+                "training split"
             )
 
     def _fits_data(self, network: nn.Module) -> bool:

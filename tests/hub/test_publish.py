@@ -105,12 +105,13 @@ def test_options_of_push_are_passed_through(hub, model):
 
 def test_a_pull_request_for_a_branch_that_is_missing_is_refused_and_tags_are_added(hub, model):
     with pytest.raises(PublishError, match=r"has no branch 'w9'.*leave revision out"):
-        model.push_to_hub(REPO, create_pr=True, revision="w9", tags=["new"])
+        model.push_to_hub(REPO, create_pr=True, revision="w9")
     model.push_to_hub(REPO, tags=["flowers", "sdq"])
     tags = ModelCard(hub.files(REPO)["README.md"].decode()).data.tags
     assert tags.count("sdq") == tags.count("flowers") == 1
     model.push_to_hub(REPO, revision="w9")
-    assert "/discussions/" in model.push_to_hub(REPO, create_pr=True, revision="w9", tags=["new"])
+    assert "/discussions/" in model.push_to_hub(REPO, create_pr=True, revision="w9", tags="new")
+    assert "new" in ModelCard(hub.files(REPO, "refs/pr/1")["README.md"].decode()).data.tags
 
 
 def test_shards_of_an_earlier_publication_are_cleared_in_the_same_commit(hub, model):
@@ -176,7 +177,7 @@ def test_a_bad_token_and_a_foreign_name_are_explained(hub, model, monkeypatch):
     for token, message in (("hf_bad", "does not know the token"), (None, "log in with `hf auth login`")):
         with pytest.raises(PublishError, match=message):
             model.push_to_hub(REPO, token=token or False)
-    with pytest.raises(PublishError, match=r"may not write there \(403\)"):
+    with pytest.raises(PublishError, match=r"the token does not allow that \(403\)"):
         model.push_to_hub("somebody/resnet20-sdq")
     with pytest.raises(PublishError, match="no name of a repository"):
         model.push_to_hub("org//name")

@@ -631,7 +631,11 @@ def test_a_wrong_token_is_told_before_the_run(data, hub, tmp_path, capsys, monke
         ({"pretrained_path": SCRIPT}, "timm cannot make 'resnet8_cifar'"),
         ({"start_bits": 2}, "start above it"),
         ({"mixup": 0.2, "batch_size": 15}, "even --batch_size"),
-        ({"mixup": 0.2, "max_train_samples": 21}, "the only one has the "),
+        ({"mixup": 0.2, "max_train_samples": 25}, "the only one has the "),
+        (
+            {"mixup": 0.2, "max_train_samples": 25, "batch_size": 16, "teacher_batch_size": 32},
+            "the only one has the ",
+        ),
         ({"batch_size": 0}, "--batch_size must be above 0"),
         ({"freeze_bn": 1.5}, "--freeze_bn must be from 0 to 1, got 1.5"),
         ({"report_to": "wandbb"}, "did you mean 'wandb'"),

@@ -12,7 +12,6 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from sdq_hf import SDQForImageClassification
-from sdq_hf.layers import input_quantizers
 from sdq_hf.search import SearchLog, search
 from sdq_hf.search.agreement import RankError
 
@@ -61,16 +60,17 @@ def error_of(accelerator, model, **options):
     return "none"
 
 
-def fitted_steps(accelerator, rank):
-    """The activation steps that the first batch of a training leaves, and those that this rank's own images ask for."""
-    images = torch.stack([picture["pixel_values"] for picture in pictures()[:BATCH]]) * (1 + 4 * rank)
-    alone, together = network(calibrated=False), network(calibrated=False)
-    alone.calibrate(images)
-    accelerator.prepare(together).train()(pixel_values=images)
-    return {
-        key: [quantizer.step.item() for quantizer in input_quantizers(one.timm_model).values()]
-        for key, one in (("own", alone), ("shared", together))
-    }
+def unfitted(accelerator, train):
+    """What is said of a first batch without calibration, and whether anything was fitted."""
+    images = torch.stack([picture["pixel_values"] for picture in pictures()[:BATCH]])
+    model = network(calibrated=False)
+    prepared = accelerator.prepare(model).train(train)
+    try:
+        with torch.set_grad_enabled(train):
+            prepared(pixel_values=images)
+    except RuntimeError as error:
+        return f"{error}, {model.is_calibrated()}"
+    return "none"
 
 
 def main(folder, *scenarios):
@@ -82,7 +82,7 @@ def main(folder, *scenarios):
     if "all" in scenarios:
         found["frozen"] = run(accelerator, model, BATCH, weight_lr=0.0)
         found["own steps"] = run(accelerator, network(calibrated=False), BATCH)["strategies"]
-        found["fitted"] = fitted_steps(accelerator, int(odd))
+        found["unfitted"] = [unfitted(accelerator, train) for train in (True, False)]
         found["seed"] = error_of(accelerator, model, seed=int(odd))
         # Each rank decides by itself when a layer steps down.
         found["decision"] = error_of(accelerator, model, max_draws=7 if odd else 13)

@@ -143,16 +143,18 @@ def test_the_paper_weighs_the_errors_of_inputs_with_those_of_weights(planted, mo
         assert error == pytest.approx(by_hand[0] if bits == 1 else min(by_hand), rel=1e-3)
 
 
+@pytest.mark.parametrize("weight_lr", [0.0, 1e-3])
 @pytest.mark.parametrize("search_activations", [False, True])
 def test_a_model_without_steps_gets_those_of_its_own_bits_and_a_resumed_search_leaves_the_same(
-    planted, search_activations
+    planted, search_activations, weight_lr
 ):
     assert not planted.is_calibrated()
     expected, model, resumed = (copy.deepcopy(planted) for _ in range(3))
     expected.set_strategy(6)
     expected.calibrate(Images())
     budget = float(uniform(model.strategy, 5, 4).bitops())
-    options = {"search_activations": search_activations, "accelerator": Accelerator(cpu=True), "weight_lr": 0.0}
+    options = {"search_activations": search_activations, "accelerator": Accelerator(cpu=True)}
+    options["weight_lr"] = weight_lr
     kept = []
     search(model, Images(), [budget], "bitops", on_step=lambda state: kept.append(state.state_dict()), **options)
     search(resumed, Images(), [budget], "bitops", resume_from=kept[3], **options)
