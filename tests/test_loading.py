@@ -281,25 +281,20 @@ def test_a_model_whose_weights_stay_in_float32_says_what_it_computes_in(tmp_path
 
 
 @pytest.mark.filterwarnings("ignore")  # the compiler's own, which differ from version to version
-@pytest.mark.parametrize("options", [{}, {"scales": "power_of_two"}, {"weight_quantizer": "entropy"}])
-def test_a_loaded_model_is_one_graph_for_export_and_compile(tmp_path, options):
-    model = create("resnet8_cifar", **options)
+@pytest.mark.parametrize(
+    ("grad", "options"), [(True, {}), (False, {"scales": "power_of_two"}), (False, {"weight_quantizer": "entropy"})]
+)
+def test_a_loaded_model_is_one_graph_for_export_and_compile(tmp_path, grad, options):
+    model, x = create("resnet8_cifar", size=8, **options), images(size=8)
     model.save_pretrained(tmp_path, print_size=False)
-    expected = logits(model)
-    for grad in (False, True):
-        loaded = SDQForImageClassification.from_pretrained(tmp_path)
-        with torch.set_grad_enabled(grad):
-            exported = torch.export.export(loaded, (images(),), strict=False).module()
-            torch.testing.assert_close(logits(exported), expected)
+    expected = logits(model, x)
+    with torch.set_grad_enabled(grad):
+        exported = torch.export.export(SDQForImageClassification.from_pretrained(tmp_path), (x,), strict=False)
+        torch.testing.assert_close(exported.module()(x).logits.detach(), expected)
         # Anew: what a forward pass reads from the state once would be there already.
         loaded = SDQForImageClassification.from_pretrained(tmp_path)
-        with torch.set_grad_enabled(grad):
-            torch.compiler.reset()
-            compiled = torch.compile(loaded, backend="aot_eager", fullgraph=True)
-            torch.testing.assert_close(compiled(images()).logits.detach(), expected)
-    loaded.train()
-    compiled(images()).logits.sum().backward()
-    assert all(parameter.grad is not None for parameter in loaded.parameters())
+        compiled = torch.compile(loaded, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x).logits.detach(), expected)
 
 
 def test_a_model_loaded_in_inference_mode_computes_the_same(model, saved):

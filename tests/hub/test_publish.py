@@ -105,13 +105,11 @@ def test_options_of_push_are_passed_through(hub, model):
 
 def test_a_pull_request_for_a_branch_that_is_missing_is_refused_and_tags_are_added(hub, model):
     with pytest.raises(PublishError, match=r"has no branch 'w9'.*leave revision out"):
-        model.push_to_hub(REPO, create_pr=True, revision="w9")
-    model.push_to_hub(REPO, tags=["flowers", "sdq"])
-    tags = ModelCard(hub.files(REPO)["README.md"].decode()).data.tags
+        model.push_to_hub(REPO, card="---\nlicense: mit\n---\n# a", create_pr=True, revision="w9")
+    model.push_to_hub(REPO, card="---\nlicense: mit\n---\n# b", revision="w9")
+    assert "/discussions/" in model.push_to_hub(REPO, create_pr=True, revision="w9", tags=["flowers", "sdq"])
+    tags = ModelCard(hub.files(REPO, "refs/pr/1")["README.md"].decode()).data.tags
     assert tags.count("sdq") == tags.count("flowers") == 1
-    model.push_to_hub(REPO, revision="w9")
-    assert "/discussions/" in model.push_to_hub(REPO, create_pr=True, revision="w9", tags="new")
-    assert "new" in ModelCard(hub.files(REPO, "refs/pr/1")["README.md"].decode()).data.tags
 
 
 def test_shards_of_an_earlier_publication_are_cleared_in_the_same_commit(hub, model):
