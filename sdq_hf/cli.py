@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig
 
+from . import __version__
 from .checkpoint import DIGEST
 from .configuration_sdq import SDQConfig
 from .costs import bitops_text
@@ -37,7 +38,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()
     try:
-        return options.run(options)
+        code = options.run(options)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # The reader, such as head, has seen enough; nothing is left to be written when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ValueError, OSError, RuntimeError, ArithmeticError, KeyError) as error:
         print(f"sdq-hf: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -51,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="sdq-hf",
         description="Mixed-precision quantized timm models: look at them, compare their bits, publish and export them.",
     )
+    parser.add_argument("--version", action="version", version=f"sdq-hf {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     info = commands.add_parser(

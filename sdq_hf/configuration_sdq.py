@@ -198,7 +198,10 @@ def check_fields(fields: Iterable[str]) -> None:
         if not hasattr(config, name):
             near = get_close_matches(name, vars(config), n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"SDQConfig has no field {short(name)}.{hint}")
+            raise ValueError(
+                f"SDQConfig has no field {short(name)}.{hint} Arguments of timm.create_model, such as in_chans, go into "
+                "model_args; the number of classes is num_labels."
+            )
 
 
 def _check_bits(field: str, bits: Any, float_allowed: bool = True) -> None:

@@ -2,7 +2,8 @@
 
 import copy
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+import textwrap
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
@@ -10,6 +11,8 @@ from typing import Any
 
 import timm
 import torch
+from accelerate.utils import extract_model_from_parallel
+from timm.models import PretrainedCfg
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers.modeling_outputs import ImageClassifierOutput
@@ -48,7 +51,8 @@ Batches = Iterable[Tensor | Mapping[str, Tensor]] | Tensor | Mapping[str, Tensor
 class SDQForImageClassification(PackedFilesMixin):
     """A timm classifier with a weight and an input quantizer on each conv and linear layer.
 
-    `model.timm_model` is timm's own module tree. `model.strategy` tells the bits, `model.set_strategy` changes them.
+    `model.timm_model` is timm's own module tree. `model.strategy` tells the bits, `model.set_strategy` changes them. A
+    `state_dict()` does not hold them: load one into a model of the same strategy, or use `save_pretrained`.
     """
 
     config_class = SDQConfig
@@ -96,7 +100,7 @@ class SDQForImageClassification(PackedFilesMixin):
         num_labels: int | None = None,
         pretrained: bool = False,
         checkpoint_path: str | os.PathLike | None = None,
-        id2label: Mapping[int, str] | None = None,
+        id2label: Mapping[int, str] | Sequence[str] | None = None,
         model_args: Mapping[str, Any] | None = None,
         img_size: int | None = None,
         pretrained_path: str | os.PathLike | None = None,
@@ -108,17 +112,20 @@ class SDQForImageClassification(PackedFilesMixin):
             architecture: timm name, ours (`resnet20_cifar`) included.
             num_labels: size of the head; default: that of the timm model.
             pretrained: load timm's pretrained weights. checkpoint_path: load float weights from a file, as in timm.
-            id2label: label names; sets num_labels. Default: ImageNet's, with pretrained weights that have them.
+            id2label: label names, by number or as a list; sets num_labels. `label2id` does as well. Default: ImageNet's, with
+                pretrained weights that have them.
             model_args: further arguments of `timm.create_model`, e.g. `{"in_chans": 1}`.
             img_size: side of the square images in pixels; default: the model's own, or that of `model_args`. Networks that
                 are made for one size, as transformers, are made for this one.
             pretrained_path: a file to take the place of timm's pretrained weights; the head is new, of `num_labels`.
-            config_kwargs: fields of `SDQConfig`.
+            config_kwargs: fields of `SDQConfig`; of `pretrained_cfg` what differs from timm's description of the images, such
+                as `{"mean": [0.5], "std": [0.5]}` that the weights of `checkpoint_path` were trained with.
 
         Raises `ValueError` for an unknown model, with near names, and for weights of another network.
         """
-        if id2label is not None:
-            num_labels = len(id2label)
+        names = _label_names(id2label, config_kwargs.get("label2id"))
+        if names is not None:
+            num_labels = len(names)
         head = {} if num_labels is None else {"num_classes": num_labels}
         model_args = sized(architecture, model_args or {}, img_size)
         source = create_backbone(
@@ -131,9 +138,9 @@ class SDQForImageClassification(PackedFilesMixin):
         )
         if pretrained and not pretrained_path:
             config_kwargs.setdefault("base_model", hub_id(source))
-            id2label = id2label if id2label is not None else pretrained_labels(source)
+            names = names if names is not None else pretrained_labels(source)
         return cls.from_float(
-            source, architecture, id2label=id2label, model_args=model_args, img_size=img_size, **config_kwargs
+            source, architecture, id2label=names, model_args=model_args, img_size=img_size, **config_kwargs
         )
 
     @classmethod
@@ -141,12 +148,26 @@ class SDQForImageClassification(PackedFilesMixin):
         cls,
         source: nn.Module,
         architecture: str,
-        id2label: Mapping[int, str] | None = None,
+        id2label: Mapping[int, str] | Sequence[str] | None = None,
         model_args: Mapping[str, Any] | None = None,
         img_size: int | None = None,
         **config_kwargs: Any,
     ) -> "SDQForImageClassification":
-        """A quantized model with the weights of `source`, a float timm model called `architecture`."""
+        """A quantized model with the weights of `source`, a float timm model called `architecture`.
+
+        `model_args`: what it was created with, as in `from_timm`. Among `config_kwargs` may be `pretrained_cfg`, with timm's
+        description of the images where it differs from the architecture's: `{"mean": [0.5], "std": [0.5]}`.
+
+        Raises `ValueError` for weights of another network.
+        """
+        # A network inside a wrapper for several devices, or compiled.
+        source = extract_model_from_parallel(source, keep_torch_compile=False)
+        own = config_kwargs.pop("pretrained_cfg", None) or {}
+        for field in own:
+            if field not in PretrainedCfg.__dataclass_fields__:
+                raise ValueError(
+                    f"pretrained_cfg has no field {field!r}, which timm knows: mean, std, interpolation, ..."
+                )
         pretrained_cfg = dict(getattr(source, "pretrained_cfg", None) or {})
         data = timm.data.resolve_data_config(pretrained_cfg=pretrained_cfg, model=source)
         channels = (model_args or {}).get("in_chans", data["input_size"][0])
@@ -154,9 +175,11 @@ class SDQForImageClassification(PackedFilesMixin):
         size = (side, side) if isinstance(side, int) else tuple(side)
         pretrained_cfg.update(data, input_size=(channels, *size), num_classes=getattr(source, "num_classes", 0))
         pretrained_cfg["mean"], pretrained_cfg["std"] = normalisation(source, channels)
+        pretrained_cfg.update(own)
+        names = _label_names(id2label, config_kwargs.pop("label2id", None))
         labels = (
-            {"id2label": {int(k): v for k, v in id2label.items()}, "label2id": {v: int(k) for k, v in id2label.items()}}
-            if id2label is not None
+            {"id2label": names, "label2id": {name: number for number, name in names.items()}}
+            if names is not None
             else {"num_labels": getattr(source, "num_classes", 0)}
         )
         check_fields(config_kwargs)
@@ -168,7 +191,14 @@ class SDQForImageClassification(PackedFilesMixin):
             **config_kwargs,
         )
         model = cls(config)
-        model._take_weights(configured_state(config, source))
+        try:
+            model._take_weights(configured_state(config, source))
+        except (KeyError, RuntimeError) as error:
+            reason = textwrap.shorten(str(error.args[0]), 300)
+            raise ValueError(
+                f"The weights of source are not those of {architecture!r} with {config.num_labels} classes and "
+                f"model_args={dict(model_args or {})}, the arguments that it is created with: {reason}"
+            ) from error
         return model
 
     def _attach(self, strategy: Strategy) -> None:
@@ -299,6 +329,8 @@ class SDQForImageClassification(PackedFilesMixin):
         images = torch.cat(list(_first(batches, num_batches))).to(self.device)
         if images.dim() != 4:
             raise ValueError(f"Images to calibrate with must be [B, C, H, W], got {images.dim()} dimensions.")
+        if not images.numel():
+            raise ValueError(f"Images to calibrate with are needed, got a tensor of shape {list(images.shape)}.")
         if not images.isfinite().all():
             raise ValueError("Images to calibrate with must be finite: some have NaN or infinite values.")
         quantizers = input_quantizers(self.timm_model).values()
@@ -477,6 +509,16 @@ class SDQForImageClassification(PackedFilesMixin):
         return self if dtype is None else self.to(dtype)
 
 
+def _label_names(id2label: Any, label2id: Mapping[str, int] | None) -> dict[int, str] | None:
+    """Number -> name of each class, from either of transformers' maps, or a list of names; None without."""
+    if id2label is None and label2id is None:
+        return None
+    if id2label is None:
+        return {int(number): name for name, number in (label2id or {}).items()}
+    pairs = id2label.items() if isinstance(id2label, Mapping) else enumerate(id2label)
+    return {int(number): name for number, name in pairs}
+
+
 def _check_names(state: Mapping[str, Tensor], expected: Collection[str]) -> None:
     """`KeyError` where the tensors of `state` are not those that are expected."""
     missing, unexpected = set(expected) - state.keys(), state.keys() - set(expected)
@@ -486,10 +528,16 @@ def _check_names(state: Mapping[str, Tensor], expected: Collection[str]) -> None
 
 def pixels_of(batch: Tensor | Mapping[str, Tensor]) -> Tensor:
     """The images [B, C, H, W] of a batch; `ValueError` for one that has none."""
-    images = batch.get("pixel_values") if isinstance(batch, Mapping) else batch
+    images: Any = batch.get("pixel_values") if isinstance(batch, Mapping) else batch
+    if isinstance(batch, tuple | list) and batch:
+        # Images and labels, as timm's and torchvision's loaders give them.
+        images = batch[0]
     if not isinstance(images, Tensor):
         got = f"a mapping with {', '.join(map(repr, batch))}" if isinstance(batch, Mapping) else type(batch).__name__
-        raise ValueError(f"A batch must be a tensor [B, C, H, W], or a mapping with one as 'pixel_values'; got {got}.")
+        raise ValueError(
+            "A batch must be a tensor [B, C, H, W], a pair of one and labels, or a mapping with one as 'pixel_values'; "
+            f"got {got}."
+        )
     return images
 
 

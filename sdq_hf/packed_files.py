@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from timm.layers.norm_act import FrozenBatchNormAct2d
 from torch import Tensor, nn
+from torchvision.ops import FrozenBatchNorm2d
 from transformers import PreTrainedModel
 
 from .checkpoint import CheckpointError, check_index, check_inputs, check_scale
@@ -117,6 +119,7 @@ class PackedFilesMixin(PreTrainedModel):
         self.config.__dict__.pop("auto_map", None)
         if remote_code:
             self.config.auto_map = dict(_AUTO_MAP)
+        state = _with_counters(state, self)
         token = given_state.set(state)
         try:
             super().save_pretrained(save_directory, is_main_process, state, **kwargs)
@@ -197,6 +200,16 @@ def _named_alike(state: Mapping[str, Tensor] | None, model: nn.Module) -> dict[s
             layer, _, field = name.rpartition(".")
             check_scale(layer.rpartition(".")[0], state[name], field)
     return dict(state)
+
+
+def _with_counters(state: dict[str, Tensor] | None, model: nn.Module) -> dict[str, Tensor] | None:
+    """`state`, or the model's own, with counters for frozen norms, which have none and whose counterparts in a file do."""
+    counters = {
+        f"{name}.num_batches_tracked": torch.tensor(0)
+        for name, module in model.named_modules()
+        if isinstance(module, FrozenBatchNorm2d | FrozenBatchNormAct2d)
+    }
+    return {**(model.state_dict() if state is None else state), **counters} if counters else state
 
 
 def _check_layers(strategy: Strategy, network: nn.Module) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from contextlib import redirect_stdout
 
 import pytest
@@ -113,6 +115,12 @@ def test_help_teaches(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["inof"])
     assert stop.value.code == 2
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(folders):
+    command = f"{sys.executable} -m sdq_hf.cli info {folders[1]} | true; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("0\n", "")
 
 
 @pytest.mark.parametrize("when", ["onnx: writing", "integers: 20 images", "onnx: 20 real images"])

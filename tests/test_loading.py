@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from timm.utils import freeze
 from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, pipeline
 
@@ -114,7 +115,7 @@ def test_fields_that_a_search_may_have_otherwise_are_changed_at_loading(model, s
 def test_the_name_of_a_field_that_does_not_exist_is_refused_with_the_nearest():
     with pytest.raises(ValueError, match=r"no field 'activation_bit'\. Did you mean 'activation_bits'"):
         SDQForImageClassification.from_timm("resnet8_cifar", activation_bit=3)
-    with pytest.raises(ValueError, match=r"no field 'qqqqqq'\.$"):
+    with pytest.raises(ValueError, match=r"no field 'qqqqqq'\. Arguments of timm"):
         SDQForImageClassification.from_timm("resnet8_cifar", qqqqqq=3)
     model = SDQForImageClassification.from_timm("resnet8_cifar", activation_bits=3, problem_type="regression")
     assert (model.config.activation_bits, model.config.problem_type) == (3, "regression")
@@ -297,6 +298,13 @@ def test_a_loaded_model_is_one_graph_for_export_and_compile(tmp_path, grad, opti
         torch.testing.assert_close(compiled(x).logits.detach(), expected)
 
 
+def test_a_graph_of_a_model_that_is_not_calibrated_is_refused():
+    model = create("resnet8_cifar", size=8).eval()
+    model._forget_steps()
+    with pytest.raises(Exception, match=r"call model\.calibrate\(images\) before exporting"), torch.no_grad():
+        torch.export.export(model, (images(size=8),), strict=False)
+
+
 def test_a_model_loaded_in_inference_mode_computes_the_same(model, saved):
     with torch.inference_mode():
         assert torch.equal(logits(SDQForImageClassification.from_pretrained(saved)), logits(model))
@@ -347,6 +355,15 @@ def test_load_state_dict_takes_the_tensors_of_a_packed_file(tmp_path, form):
     assert torch.equal(logits(other.eval()), logits(model))
     # They are real weights to train, quantized in the forward pass.
     other.train()(images()).logits.sum().backward()
+
+
+@pytest.mark.parametrize("dequantized", [False, True])
+def test_a_model_whose_norms_timm_has_frozen_is_saved_and_loaded(tmp_path, dequantized):
+    model = create("test_efficientnet", size=32)
+    freeze(model.timm_model, ["conv_stem", "bn1", "blocks.0"])
+    model = model.dequantize() if dequantized else model
+    model.save_pretrained(tmp_path, print_size=False)
+    assert torch.equal(logits(SDQForImageClassification.from_pretrained(tmp_path)), logits(model))
 
 
 @pytest.mark.parametrize("options", [{}, {"weight_quantizer": "dorefa"}, {"weight_scale": "channel"}])

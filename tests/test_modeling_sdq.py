@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassi
 from sdq_hf import SDQConfig, SDQForImageClassification, Strategy
 from sdq_hf.layers import apply_strategy, input_quantizers
 from sdq_hf.quantizers import FORMS, GRIDS
+from sdq_hf.quantizers.activation import _tell_of_fitting
 from sdq_hf.quantizers.positive import floors
 
 
@@ -299,7 +300,8 @@ def test_a_failed_calibration_changes_nothing(call, training):
         ((used_up,), ValueError, "used up"),
         (([x], 0), ValueError, "num_batches must be at least 1, got 0"),
         (([x, {"images": x}],), ValueError, r"'pixel_values'; got a mapping with 'images'"),
-        (([[x, torch.zeros(4)]],), ValueError, "got list"),
+        (([["cat", "dog"]],), ValueError, "got list"),
+        (([],), ValueError, "has no batch"),
         (([x[:, :1]],), RuntimeError, "channels"),
         ((interrupted(),), KeyboardInterrupt, "stopped"),
     ]
@@ -313,13 +315,12 @@ def test_a_failed_calibration_changes_nothing(call, training):
 
 def test_one_batch_calibrates_as_a_list_of_it_does():
     x, steps = images(5), []
-    for batches in ([x], x, {"pixel_values": x}):
+    for batches in ([x], x, {"pixel_values": x}, [(x, torch.zeros(len(x)))]):
         model = create()
         model.calibrate(batches)
         steps.append(torch.stack([quantizer.step for quantizer in input_quantizers(model).values()]))
     assert steps[0].all()
-    assert torch.equal(steps[0], steps[1])
-    assert torch.equal(steps[0], steps[2])
+    assert all(torch.equal(steps[0], other) for other in steps[1:])
 
 
 @pytest.mark.parametrize("call", ["calibrate", "dequantize"])
@@ -363,6 +364,55 @@ def test_unknown_models_and_wrong_fields_are_named():
     for field, value in wrong.items():
         with pytest.raises(ValueError, match=field):
             SDQConfig(**{field: value})
+
+
+def test_labels_are_told_by_either_map_or_a_list():
+    names = ["ant", "bee", "cow"]
+    number_of, expected = {name: i for i, name in enumerate(names)}, dict(enumerate(names))
+    for labels in (
+        {"id2label": names},
+        {"id2label": expected, "label2id": number_of},
+        {"label2id": number_of},
+    ):
+        config = SDQForImageClassification.from_timm("resnet8_cifar", img_size=16, **labels).config
+        assert (config.id2label, config.label2id, config.num_labels) == (expected, number_of, 3)
+
+
+def test_what_images_weights_were_trained_with_can_be_told():
+    own = {"mean": [0.5], "std": [0.25]}
+    options = {"num_labels": 3, "img_size": 16, "model_args": {"in_chans": 1}}
+    model = SDQForImageClassification.from_timm("resnet8_cifar", **options, pretrained_cfg=own)
+    assert {key: list(model.config.pretrained_cfg[key]) for key in own} == own
+    with pytest.raises(ValueError, match="pretrained_cfg has no field 'maen'"):
+        SDQForImageClassification.from_timm("resnet8_cifar", **options, pretrained_cfg={"maen": [0.5]})
+    with pytest.raises(ValueError, match="must be one number for each channel"):
+        SDQForImageClassification.from_timm("resnet8_cifar", **options, pretrained_cfg={"mean": [0.5, 0.5]})
+
+
+def test_a_source_is_taken_out_of_its_wrapper_and_another_network_is_named():
+    source = timm.create_model("resnet8_cifar", num_classes=10, in_chans=1).eval()
+    options = {"img_size": 16, "model_args": {"in_chans": 1}}
+    plain, wrapped, compiled = (
+        SDQForImageClassification.from_float(one, "resnet8_cifar", **options).state_dict()
+        for one in (source, torch.nn.DataParallel(source), torch.compile(source))
+    )
+    assert all(torch.equal(tensor, wrapped[name]) for name, tensor in plain.items())
+    assert all(torch.equal(tensor, compiled[name]) for name, tensor in plain.items())
+    with pytest.raises(ValueError, match=r"not those of 'resnet8_cifar' with 10 classes and model_args=\{\}"):
+        SDQForImageClassification.from_float(source, "resnet8_cifar", img_size=16)
+    with pytest.raises(ValueError, match=r"not those of 'resnet20_cifar'"):
+        SDQForImageClassification.from_float(source, "resnet20_cifar", **options)
+
+
+def test_a_first_batch_that_fits_steps_is_told_once(caplog):
+    _tell_of_fitting.cache_clear()
+    models = [SDQForImageClassification.from_timm("resnet8_cifar", num_labels=10, img_size=16) for _ in range(2)]
+    models[0].calibrate(images(5))
+    assert not caplog.text
+    for model in models:
+        model._forget_steps()
+        model(images(5))
+    assert caplog.text.count("are fitted to the first images that come by") == 1
 
 
 def test_import_is_light():

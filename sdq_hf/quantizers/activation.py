@@ -3,9 +3,11 @@
 The paper says only that activations have one bitwidth; the learned step is our interpretation (METHOD 2).
 """
 
+import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 import torch.distributed as dist
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from .positive import KeepsPositive
 from .power_of_two import nearest_power_of_two
 
+logger = logging.getLogger(__name__)
 # Values that one tensor contributes to the fit of the step: enough for a 2-bit clip to be stable to about 1 %.
 _FIT_SAMPLES = 65536
 
@@ -127,6 +130,15 @@ def _best_step(x: Tensor, bits: int, signed: bool, power_of_two: bool = False) -
     return steps[best], errors[best]
 
 
+@cache
+def _tell_of_fitting() -> None:
+    """Once in a process."""
+    logger.warning(
+        "Activation steps that were not fitted are fitted to the first images that come by, and stay so. Call "
+        "model.calibrate(images) with images of the task first, also before a moving average of the model is made."
+    )
+
+
 class ActivationQuantizer(KeepsPositive, nn.Module):
     """Quantizes a layer's input at `bits` with one learned `step`, or with `power_of_two` with the one nearest to it.
 
@@ -186,6 +198,8 @@ class ActivationQuantizer(KeepsPositive, nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.is_meta:
             return x
+        if torch.compiler.is_exporting() and self._range is None:
+            raise RuntimeError("A graph cannot fit activation steps: call model.calibrate(images) before exporting it.")
         if self._range is None and self.step.item() <= 0:
             self._fit_first(x)
         self.keep_positive(self.step)
@@ -210,6 +224,8 @@ class ActivationQuantizer(KeepsPositive, nn.Module):
                 "An activation step is not fitted, and of several processes or devices each would fit another: call "
                 "model.calibrate(images) first, with the same images in every process."
             )
+        if not self.calibrating:
+            _tell_of_fitting()
         self.fit(x)
 
     @contextmanager

@@ -8,6 +8,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
@@ -107,6 +108,10 @@ def search(
     range and the layers that bind, before any work is done; `sdq_hf.search.agreement.RankError` on every rank where ranks
     disagree: SDQ's methods find out at the next batch, the others at the end.
     """
+    if torch.is_inference_mode_enabled():
+        raise ValueError("search() needs gradients: call it outside torch.inference_mode().")
+    if not model.strategy.searchable:
+        raise ValueError("The model has no bits to search: every layer is pinned, as after dequantize().")
     check_options(method, options)
     budgets, floors = _budgets(budgets), _floors(floors)
     if not _is_number(weight_lr) or not 0 <= weight_lr < math.inf:
@@ -135,7 +140,8 @@ def search(
         on_step,
         resume_from,
     )
-    found = METHODS[method](task, **options)
+    with torch.enable_grad():
+        found = METHODS[method](task, **options)
     if task.accelerator.num_processes > 1:
         check_agreement(task.accelerator, log.batches, {"strategies": [strategy.to_json() for strategy in found]})
     return found

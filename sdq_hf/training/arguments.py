@@ -87,6 +87,11 @@ class DataArguments:
         "error", "What to do when a class has no training image; keep leaves it in the head, untrained."
     )
     img_size: int | None = _option(None, "Side of the images in pixels; default: the model's own.", POSITIVE)
+    mean: list[float] = _option(
+        [],
+        "Mean of the images, 0 to 1, of each channel or of all, that own weights were trained with; default: timm's.",
+    )
+    std: list[float] = _option([], "Their standard deviation, likewise.", POSITIVE)
     aug: Literal["none", "light", "rand"] = _option(
         "light", "Augmentation: none, light (crop and flip), rand (RandAugment and erasing)."
     )

@@ -223,9 +223,21 @@ class Run:
             num_classes=len(self.data.label_names),
             **self._model_args(model.model),
         )
+        self._describe_images(network)
         if self.arguments.run.grad_checkpointing:
             set_grad_checkpointing(network)
         return network.to(self.accelerator.device).to(memory_format=torch.channels_last)
+
+    def _describe_images(self, network: Any) -> None:
+        """Where the options say so, the network is for images of another mean or standard deviation than timm says."""
+        data = self.arguments.data
+        given = {field: getattr(data, field) for field in ("mean", "std") if getattr(data, field)}
+        for field, values in given.items():
+            if len(values) not in (1, self.data.channels):
+                raise ArgumentError(
+                    f"--{field} takes one number, or one for each of the {self.data.channels} channels, got {len(values)}"
+                )
+        network.pretrained_cfg = {**network.pretrained_cfg, **given}
 
     def _model_args(self, architecture: str) -> dict[str, Any]:
         return sized(architecture, {"in_chans": self.data.channels}, self.arguments.data.img_size)

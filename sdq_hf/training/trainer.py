@@ -22,7 +22,10 @@ _FLOOR = "floor of "
 
 
 class QATCallback(TrainerCallback):
-    """Makes a training with `Trainer` that is resumed equal the uninterrupted one.
+    """Makes a training with `Trainer` that is resumed equal the uninterrupted one, to the last bit.
+
+    That is so where loading an image draws no random number, or the checkpoint is of the end of an epoch: Trainer's loader
+    is a batch ahead when a checkpoint is written, so augmentations draw otherwise from there on.
 
     Trainer's checkpoints are models: they hold quantized weights. This writes the real weights beside them, with the least
     values of the scales, and takes both back when a training goes on from a checkpoint in `output_dir`. Without it the

@@ -461,11 +461,13 @@ def test_two_processes_find_one_strategy_and_write_one_result(finished_by_two):
 def test_two_processes_share_a_stream_to_the_end(data, tmp_path):
     streamed = streamed_images(tmp_path / "images")
     steps = {"batch_size": 16, "teacher_batch_size": None, "teacher_max_steps": 4, "max_steps": 2, "search": "uniform"}
+    steps |= {"mean": 0.5, "std": 0.25}
     done = launch(options(data, tmp_path / "run", **streamed, **steps), timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads((tmp_path / "run" / "results.json").read_text())["processes"] == 2
     model = SDQForImageClassification.from_pretrained(tmp_path / "run" / "models" / "uniform-bits-5")
     assert model.strategy.average_bits() == 5
+    assert (model.config.pretrained_cfg["mean"], model.config.pretrained_cfg["std"]) == ([0.5], [0.25])
 
 
 def test_two_processes_that_get_a_sigterm_leave_a_checkpoint_and_resume_exactly(data, finished_by_two, tmp_path):
@@ -602,6 +604,8 @@ def test_a_wrong_token_is_told_before_the_run(data, hub, tmp_path, capsys, monke
         ({"search_options": "min_draws=2.5"}, "min_draws must be a whole number, such as 3, got 2.5"),
         ({"search_options": "keep=0"}, "'two_sided': keep must be above 0 and at most 1, such as 0.99, got 0"),
         ({"search": "hawq", "search_options": "probes=0"}, "'hawq': probes must be above 0, such as 8, got 0"),
+        ({"mean": "0.5 0.5"}, "--mean takes one number, or one for each of the 1 channels, got 2"),
+        ({"std": "0"}, "--std must be above 0, got 0"),
         ({"target_bits": 9}, "between 1 and 8"),
         ({"target_bits": 0.5}, "between 1 and 8"),
         ({"target_bitops": 11}, "out of reach"),

@@ -271,5 +271,12 @@ def test_options_of_another_method_are_refused(planted):
         search(planted, Images(), [3.0], method="table", lr=1.0)
     with pytest.raises(ValueError, match=r"'paper': threshold must be between 0 and 1, such as 0.05, got nan"):
         search(planted, Images(), [3.0], method="paper", threshold=float("nan"))
+    with torch.inference_mode(), pytest.raises(ValueError, match=r"outside torch.inference_mode"):
+        search(planted, Images(), [3.0])
+    with pytest.raises(ValueError, match="no bits to search"):
+        search(copy.deepcopy(planted).dequantize(), Images(), [3.0])
+    with torch.no_grad():
+        (found,) = search(planted, Images(), [3.9], accelerator=Accelerator(cpu=True))
+    assert found.average_bits() <= 3.9
     with pytest.raises(ValueError, match="'hawq' needs data"):
         search(planted, None, [3.0], method="hawq")
