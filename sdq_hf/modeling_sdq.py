@@ -177,10 +177,11 @@ class SDQForImageClassification(PackedFilesMixin):
         pretrained_cfg["mean"], pretrained_cfg["std"] = normalisation(source, channels)
         pretrained_cfg.update(own)
         names = _label_names(id2label, config_kwargs.pop("label2id", None))
+        count = config_kwargs.pop("num_labels", getattr(source, "num_classes", 0))
         labels = (
             {"id2label": names, "label2id": {name: number for number, name in names.items()}}
             if names is not None
-            else {"num_labels": getattr(source, "num_classes", 0)}
+            else {"num_labels": count}
         )
         check_fields(config_kwargs)
         config = SDQConfig(

@@ -400,6 +400,11 @@ def test_a_source_is_taken_out_of_its_wrapper_and_another_network_is_named():
     assert all(torch.equal(tensor, compiled[name]) for name, tensor in plain.items())
     with pytest.raises(ValueError, match=r"not those of 'resnet8_cifar' with 10 classes and model_args=\{\}"):
         SDQForImageClassification.from_float(source, "resnet8_cifar", img_size=16)
+    assert (
+        SDQForImageClassification.from_float(source, "resnet8_cifar", num_labels=10, **options).config.num_labels == 10
+    )
+    with pytest.raises(ValueError, match=r"not those of 'resnet8_cifar' with 9 classes"):
+        SDQForImageClassification.from_float(source, "resnet8_cifar", num_labels=9, **options)
     with pytest.raises(ValueError, match=r"not those of 'resnet20_cifar'"):
         SDQForImageClassification.from_float(source, "resnet20_cifar", **options)
 
