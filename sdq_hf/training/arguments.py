@@ -18,7 +18,7 @@ from ..costs import get_cost
 from ..search import METHODS, SDQ_METHODS, check_granularity, check_options
 from ..strategy import FLOAT_BITS
 from .optim import OptimizerArguments, check_names, create_optimizer
-from .ranges import BELOW_ONE, BETWEEN, NOT_NEGATIVE, POSITIVE, SEED, Range, check_numbers
+from .ranges import BELOW_ONE, BETWEEN, FRACTION, NOT_NEGATIVE, POSITIVE, SEED, Range, check_numbers
 
 RIVALS = [name for name in METHODS if name not in SDQ_METHODS]
 
@@ -90,6 +90,7 @@ class DataArguments:
     mean: list[float] = _option(
         [],
         "Mean of the images, 0 to 1, of each channel or of all, that own weights were trained with; default: timm's.",
+        FRACTION,
     )
     std: list[float] = _option([], "Their standard deviation, likewise.", POSITIVE)
     aug: Literal["none", "light", "rand"] = _option(

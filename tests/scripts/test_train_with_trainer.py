@@ -60,7 +60,7 @@ def folders(root: Path, names: list[str]) -> Path:
         (["--model", "/nope"], "/nope"),
         (["--teacher", __file__], f"--teacher {__file__} is no file of float weights of resnet8_cifar"),
         (["--teacher", "/nope"], "--teacher /nope is no file of float weights of resnet8_cifar: there is no such file"),
-        (["--teacher", ""], "--teacher  is no file of float weights of resnet8_cifar: there is no such file"),
+        (["--teacher", ""], "--teacher is no file of float weights of resnet8_cifar: there is no such file"),
         (["--teacher", "WEIGHTS"], "Missing key(s) in state_dict"),
     ],
 )

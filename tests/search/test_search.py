@@ -358,12 +358,14 @@ def test_an_iterator_without_end_can_be_searched_with(planted):
 
 def test_batches_that_a_search_cannot_use_are_named(planted):
     def run(data):
-        search(copy.deepcopy(planted), data, [2.0], accelerator=Accelerator(cpu=True))
+        return search(copy.deepcopy(planted), data, [2.0], accelerator=Accelerator(cpu=True))
 
     x = next(iter(Images()))["pixel_values"]
     with pytest.raises(ValueError, match="'pixel_values'; got a mapping with 'images'"):
         run([{"images": x}])
     with pytest.raises(ValueError, match="'pixel_values'; got list"):
-        run([[x, x]])
+        run([["cat", "dog"]])
+    # Images with their labels, as timm's loaders give them, can be used.
+    assert run([(x, torch.zeros(len(x)))]) == run([{"pixel_values": x}])
     with pytest.raises(ValueError, match="batches are used up"):
         run(x for _ in range(6))
