@@ -127,6 +127,7 @@ class PackedFilesMixin(PreTrainedModel):
             given_state.reset(token)
         if not is_main_process:
             return
+        _remove_older(Path(save_directory))
         if remote_code:
             remote.write_text(_REMOTE_SOURCE)
         else:
@@ -233,6 +234,13 @@ def _check_layers(strategy: Strategy, network: nn.Module) -> None:
 
 def _layer_text(weights: int | None = None, bits: Any = None, input_bits: int = FLOAT_BITS) -> str:
     return f"{weights} weights (bits {bits_text(bits)}, inputs {bits_text(input_bits)})" if weights else "no such layer"
+
+
+def _remove_older(folder: Path) -> None:
+    """Of a whole file and the index of a sharded one remove what an earlier model left: the file would be loaded first."""
+    both = [folder / "model.safetensors", folder / "model.safetensors.index.json"]
+    if all(path.exists() for path in both):
+        min(both, key=lambda path: path.stat().st_mtime_ns).unlink()
 
 
 def weight_file_bytes(folder: str | os.PathLike) -> int:

@@ -131,6 +131,17 @@ def test_sharded_files(model, tmp_path):
         SDQForImageClassification.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("sizes", [("20KB", "1GB"), ("1GB", "20KB"), ("20KB", "20KB")])
+def test_a_model_takes_the_place_of_an_earlier_one_in_whole_files_or_shards(model, tmp_path, sizes):
+    earlier = copy.deepcopy(model)
+    for layer in earlier.quantized_layers().values():
+        layer.weight_quantizer.scale.data *= 1.5
+    for one, size in zip((earlier, model), sizes, strict=True):
+        one.save_pretrained(tmp_path, max_shard_size=size, print_size=False)
+        assert torch.equal(logits(SDQForImageClassification.from_pretrained(tmp_path)), logits(one))
+    assert (tmp_path / "model.safetensors").exists() != (tmp_path / "model.safetensors.index.json").exists()
+
+
 def test_the_footprint_counts_what_is_in_memory(saved):
     loaded = SDQForImageClassification.from_pretrained(saved)
     tensors = [*loaded.parameters(), *loaded.buffers()]
