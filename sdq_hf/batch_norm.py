@@ -15,7 +15,7 @@ from timm.layers import SelectAdaptivePool2d
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
-from .layers import run_on_zeros
+from .layers import modes_restored, run_on_zeros
 
 # Between a pooling and the layer that takes up its factor there may stand what a positive factor goes through unchanged.
 _TRANSPARENT = (nn.Identity, nn.Dropout, nn.Flatten, nn.ReLU)
@@ -100,16 +100,15 @@ def trace(network: nn.Module) -> fx.Graph:
 
     Raises `ValueError` that names the module where it depends on the values or the size of an image.
     """
-    training, tracer = network.training, _Tracer()
+    tracer = _Tracer()
     try:
-        return tracer.trace(network.eval())
+        with modes_restored(network):
+            return tracer.trace(network.eval())
     except Exception as error:  # each of timm's networks that cannot be traced fails in a way of its own
         raise ValueError(
             f"{type(network).__name__} cannot be put in the hardware profile: it computes no fixed sequence of layers "
             f"({tracer.failed}{error})."
         ) from error
-    finally:
-        network.train(training)
 
 
 class _Tracer(fx.Tracer):

@@ -5,6 +5,7 @@ quantizes the input and the weight. So hooks, names and timm's own code stay val
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -218,14 +219,25 @@ def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> dict[str, 
     return macs
 
 
+@contextmanager
+def modes_restored(model: nn.Module) -> Iterator[None]:
+    """Afterwards each module is in the mode it was in: norms that a user has frozen stay so."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
 @torch.no_grad()
 def run_on_zeros(model: nn.Module, input_size: tuple[int, int, int], handles: Iterable[RemovableHandle] = ()) -> None:
     """One forward pass of an image of zeros (C, H, W) in eval mode, for what the hooks of `handles` see; they are removed."""
-    training, parameter = model.training, next(model.parameters())
+    parameter = next(model.parameters())
     try:
-        model.eval()(torch.zeros(1, *input_size, device=parameter.device, dtype=parameter.dtype))
+        with modes_restored(model):
+            model.eval()(torch.zeros(1, *input_size, device=parameter.device, dtype=parameter.dtype))
     finally:
-        model.train(training)
         for handle in handles:
             handle.remove()
 

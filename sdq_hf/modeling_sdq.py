@@ -37,6 +37,7 @@ from .layers import (
     attached_layers,
     input_quantizers,
     is_quantizer_state,
+    modes_restored,
     quantizable_layers,
     quantized_layers,
     quantizer_parameters,
@@ -44,8 +45,10 @@ from .layers import (
 from .packed_files import PackedFilesMixin, allows_new_layers
 from .strategy import FLOAT_BITS, Strategy
 
-# Images [B, C, H, W] of each batch, or dicts with them as pixel_values; or one batch.
-Batches = Iterable[Tensor | Mapping[str, Tensor]] | Tensor | Mapping[str, Tensor]
+# Images [B, C, H, W], alone, in a pair with labels, or in a dict as pixel_values.
+Batch = Tensor | Sequence[Any] | Mapping[str, Tensor]
+# Several of them, or one tensor or dict.
+Batches = Iterable[Batch] | Tensor | Mapping[str, Tensor]
 
 
 class SDQForImageClassification(PackedFilesMixin):
@@ -320,7 +323,9 @@ class SDQForImageClassification(PackedFilesMixin):
 
     @torch.no_grad()
     def calibrate(self, batches: Batches, num_batches: int = 4) -> None:
-        """Fit every activation step and sign to images: `batches` ([B, C, H, W] each, or dicts with pixel_values), or one.
+        """Fit every activation step and sign to the images of `batches`, or of one batch.
+
+        Each is [B, C, H, W], alone, in a pair with labels, or in a dict as pixel_values; a single one is a tensor or dict.
 
         Layer by layer in the network's order, each seeing the quantized outputs of those before it. Raises `ValueError` for
         data without a batch, or with one that is no images, and inside `float_mode`, where no input is quantized; on any
@@ -335,7 +340,7 @@ class SDQForImageClassification(PackedFilesMixin):
         if not images.isfinite().all():
             raise ValueError("Images to calibrate with must be finite: some have NaN or infinite values.")
         quantizers = input_quantizers(self.timm_model).values()
-        with _restored_on_error(self), _modes_restored(self):
+        with _restored_on_error(self), modes_restored(self):
             self._forget_steps()
             try:
                 for quantizer in quantizers:
@@ -406,7 +411,7 @@ class SDQForImageClassification(PackedFilesMixin):
         if not norms:
             return
         momenta = [norm.momentum for norm in norms]
-        with _restored_on_error(self), _modes_restored(self):
+        with _restored_on_error(self), modes_restored(self):
             self.eval()
             for norm in norms:
                 norm.reset_running_stats()
@@ -527,7 +532,7 @@ def _check_names(state: Mapping[str, Tensor], expected: Collection[str]) -> None
         raise KeyError(f"Float weights do not fit: missing {sorted(missing)[:3]}, unexpected {sorted(unexpected)[:3]}.")
 
 
-def pixels_of(batch: Tensor | Mapping[str, Tensor]) -> Tensor:
+def pixels_of(batch: Batch) -> Tensor:
     """The images [B, C, H, W] of a batch; `ValueError` for one that has none."""
     images: Any = batch.get("pixel_values") if isinstance(batch, Mapping) else batch
     if isinstance(batch, tuple | list) and batch:
@@ -556,17 +561,6 @@ def _first(batches: Batches, num_batches: int) -> Iterator[Tensor]:
         raise ValueError(
             "The data has no batch: is the split empty, smaller than one batch, or an iterator that is used up?"
         )
-
-
-@contextmanager
-def _modes_restored(model: nn.Module) -> Iterator[None]:
-    """Afterwards each module is in the mode it was in: norms that a user has frozen stay so."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
 from ..batch_norm import ShiftAvgPool2d, trace
-from ..layers import QuantizedLayer
+from ..layers import QuantizedLayer, modes_restored
 from ..modeling_sdq import SDQForImageClassification
 from ..quantizers.power_of_two import exponent
 from .graph import IMAGE, Add, Clip, Concat, Flatten, IntegerNetwork, Layer, MaxPool, Node, Quantize, SumPool
@@ -61,15 +61,13 @@ def integer_network(model: SDQForImageClassification) -> IntegerNetwork:
     graph = fx.GraphModule(network, trace(network))
     graph.graph.eliminate_dead_code()
     image = torch.zeros(1, *model.config.input_size, device=model.device, dtype=model.dtype)
-    training = network.training
     try:
-        # In the model's own words what its images cannot be: ShapeProp would wrap and print it.
-        network.eval()(image)
-        ShapeProp(graph.eval()).propagate(image)
+        with modes_restored(network):
+            # In the model's own words what its images cannot be: ShapeProp would wrap and print it.
+            network.eval()(image)
+            ShapeProp(graph.eval()).propagate(image)
     except ValueError as error:
         raise ExportError(str(error)) from error
-    finally:
-        network.train(training)
     return _Lowering(model, graph).network()
 
 

@@ -74,8 +74,9 @@ def search(
     Args:
         model: with its pretrained float weights; `model.config.granularity` says what shares one bitwidth. Activation steps
             that are not fitted yet are fitted to the first batches.
-        data: batches `{"pixel_values": [B, C, H, W]}`, or the images alone, iterated again and again (`set_epoch` is called
-            when there). Labels are not used. The rules "uniform", "random", "size" and "greedy" need none.
+        data: batches `{"pixel_values": [B, C, H, W]}`, or the images alone or in pairs with labels, iterated again and again
+            (`set_epoch` is called when there). Labels are not used. The rules "uniform", "random", "size" and "greedy" need
+            none.
         budgets: in units of `cost`, and in any order. The strategy found costs at most the budget, and less by no more than
             0.05 bits or 1 %; a warning tells where the steps of a few large layers are too coarse for that.
         cost: "bits", average bits of the searchable layers; of the whole network "bytes" of the packed weights,

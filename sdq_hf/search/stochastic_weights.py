@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..layers import QuantizedLayer, quantized_layers
+from ..layers import QuantizedLayer, modes_restored, quantized_layers
 from ..modeling_sdq import SDQForImageClassification
 from ..quantizers import ActivationQuantizer
 from ..quantizers.stochastic import stochastic_choice
@@ -185,7 +185,6 @@ def searching(model: nn.Module, trained: bool = False) -> Iterator[list[nn.Param
     flags, parameters and running statistics are what they were.
     """
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    modes = {module: module.training for module in model.modules()}
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     momenta = {norm: norm.momentum for norm in norms}
     quantizers = [m for m in model.modules() if isinstance(m, ActivationQuantizer)]
@@ -196,18 +195,17 @@ def searching(model: nn.Module, trained: bool = False) -> Iterator[list[nn.Param
     try:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(trained and not name.endswith("weight_quantizer.scale"))
-        model.eval()
-        for norm in norms:
-            norm.training, norm.momentum = True, 0.0
         for quantizer in quantizers:
             quantizer.compact = not checkpointed
-        yield [parameter for parameter in flags if parameter.requires_grad]
+        with modes_restored(model):
+            model.eval()
+            for norm in norms:
+                norm.training, norm.momentum = True, 0.0
+            yield [parameter for parameter in flags if parameter.requires_grad]
     finally:
         for parameter, flag in flags.items():
             parameter.requires_grad_(flag)
             parameter.grad = None
-        for module, mode in modes.items():
-            module.training = mode
         for norm, momentum in momenta.items():
             norm.momentum = momentum
         for quantizer in quantizers:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from ..layers import modes_restored
 from .losses import kl_divergence
 
 Forward = Callable[[Tensor], Tensor]
@@ -30,28 +31,27 @@ def evaluate(
     top1 and top5 in percent, loss (cross-entropy) and kl in nats per image; kl is KL(reference || model), there only with
     a `reference` network.
     """
-    training = model.training
-    model.eval()
     sums: Tensor | None = None
-    for batch in batches:
-        images, labels = batch["pixel_values"].to(accelerator.device), batch["labels"].to(accelerator.device)
-        logits = logits_of(model(images)).float()
-        expected = logits if reference is None else logits_of(reference.eval()(images)).float()
-        top = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
-        rows = torch.stack(
-            [
-                top[:, 0].float(),
-                top.any(dim=1).float(),
-                F.cross_entropy(logits, labels, reduction="none"),
-                kl_divergence(logits, expected),
-                torch.ones_like(labels, dtype=torch.float32),
-            ],
-            dim=1,
-        )
-        # Drops the images that a distributed sampler repeats to fill its last batch.
-        total = accelerator.gather_for_metrics(rows).double().sum(dim=0)
-        sums = total if sums is None else sums + total
-    model.train(training)
+    with modes_restored(model):
+        model.eval()
+        for batch in batches:
+            images, labels = batch["pixel_values"].to(accelerator.device), batch["labels"].to(accelerator.device)
+            logits = logits_of(model(images)).float()
+            expected = logits if reference is None else logits_of(reference.eval()(images)).float()
+            top = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+            rows = torch.stack(
+                [
+                    top[:, 0].float(),
+                    top.any(dim=1).float(),
+                    F.cross_entropy(logits, labels, reduction="none"),
+                    kl_divergence(logits, expected),
+                    torch.ones_like(labels, dtype=torch.float32),
+                ],
+                dim=1,
+            )
+            # Drops the images that a distributed sampler repeats to fill its last batch.
+            total = accelerator.gather_for_metrics(rows).double().sum(dim=0)
+            sums = total if sums is None else sums + total
     if sums is None:
         raise ValueError("Nothing to evaluate: the split has no image.")
     top1, top5, loss, kl, count = sums.tolist()
