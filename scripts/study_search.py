@@ -11,7 +11,8 @@ What a search that trains (SDQ, fracbits, edmips) has looked at is taken off its
 leaves 3.75 epochs of 4. The measured rivals get all epochs, whatever their passes cost. The epoch that is kept is chosen on
 the validation split, held out of train; the test split is read once for each cell, and nothing is chosen by it.
 
-"two_sided_activations" is SDQ that finds the bits of inputs too, where the others leave them at --activation_bits.
+"two_sided_activations" is SDQ that finds the bits of inputs too, where the others leave them at --activation_bits, and
+"two_sided_frozen" SDQ whose weights stay what they are while it searches.
 
 The methods "float" and "float_kd" are no searches: the float network itself, trained for as many epochs more as the others
 are fine-tuned, from labels or from its former self.
@@ -32,6 +33,7 @@ from torch import Tensor, nn
 from sdq_hf.costs import get_cost
 from sdq_hf.search import METHODS, BudgetError
 from sdq_hf.strategy import FLOAT_BITS
+from sdq_hf.training.arguments import SearchArguments
 from sdq_hf.training.evaluation import evaluate
 from sdq_hf.training.fit import fit
 from sdq_hf.training.stages import Run
@@ -41,12 +43,14 @@ FIELDS = ("seed", "method", "cost", "target", "activation_bits")
 FLOAT = ("float", "float_kd")
 # SDQ that finds the bits of inputs too.
 ACTIVATIONS = "two_sided_activations"
+# SDQ that does not train the weights while it searches.
+FROZEN = "two_sided_frozen"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_options(parser)
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=[*METHODS, ACTIVATIONS, *FLOAT])
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=[*METHODS, ACTIVATIONS, FROZEN, *FLOAT])
     parser.add_argument("--target_bits", type=float, nargs="*", default=[2.0])
     parser.add_argument("--target_bitops", type=float, nargs="*", default=[2.0, 3.0])
     parser.add_argument("--target_lut", type=float, nargs="*", default=[], help="LUT costs of so many uniform bits")
@@ -81,8 +85,9 @@ def measure(options: argparse.Namespace, run: Run, cell: Mapping[str, Any]) -> C
         return trained_on(options, run, method)
     budget = target if cost == "bits" else get_cost(cost).of_uniform(run.base.strategy, target)
     name = f"{method}-{cost}-{target:g}"
-    search = "two_sided" if method == ACTIVATIONS else method
+    search = "two_sided" if method in (ACTIVATIONS, FROZEN) else method
     run.arguments.search.search_activations = method == ACTIVATIONS
+    run.arguments.search.search_weight_lr = 0.0 if method == FROZEN else SearchArguments.search_weight_lr
     try:
         (strategy,), seconds, log = run.search_one(name, [budget], cost, search)
     except BudgetError as error:

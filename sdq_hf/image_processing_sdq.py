@@ -24,10 +24,12 @@ class SDQImageProcessor(TimmWrapperImageProcessor):
     def preprocess(self, images: Any, return_tensors: Any = "pt", **kwargs: Any) -> Any:
         """Images (PIL, numpy, or lists of them) -> `pixel_values`, float32 [B, C, H, W]; tensors are only transformed.
 
-        Modes and errors are those of `sdq_hf.images.with_channels`, as in training.
+        An array is [H, W, C] or [C, H, W], or [H, W] for a grey image. Modes and errors are those of
+        `sdq_hf.images.with_channels`, as in training.
         """
         if not isinstance(images, Tensor):
             channels = self.data_config["input_size"][0]
+            images = [_with_axis(image) for image in images] if isinstance(images, list | tuple) else _with_axis(images)
             images = [to_pil_image(image) for image in make_flat_list_of_images(images)]
             images = [with_channels(image, channels) for image in images] if channels in (1, 3) else images
         return super().preprocess(images, return_tensors=return_tensors, **kwargs)
@@ -35,3 +37,8 @@ class SDQImageProcessor(TimmWrapperImageProcessor):
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = None) -> None:
         """Does nothing: the code is in the package, and no copy of it is to be saved with a model."""
+
+
+def _with_axis(image: Any) -> Any:
+    """A grey image [H, W] as [H, W, 1], which transformers asks for; anything else as it is."""
+    return image[..., None] if getattr(image, "ndim", None) == 2 else image

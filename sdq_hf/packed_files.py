@@ -13,6 +13,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from transformers import PreTrainedModel
 
 from .checkpoint import CheckpointError, check_index, check_inputs, check_scale
+from .configuration_sdq import SDQConfig
 from .configured import configured_backbone
 from .hf_quantizer import given_state
 from .layers import input_quantizers, is_quantizer_state, quantizable_layers, quantized_layers
@@ -24,6 +25,8 @@ _REMOTE_SOURCE = """# The classes of the installed package sdq_hf, for `trust_re
 from sdq_hf import SDQConfig, SDQForImageClassification, SDQImageProcessor
 """
 _HUB_OPTIONS = ("repo_id", "private", "token", "revision", "commit_message", "commit_description", "create_pr")
+# Of `from_pretrained`: where files come from.
+_FILE_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 _AUTO_MAP = {
     "AutoConfig": "sdq_remote.SDQConfig",
     "AutoImageProcessor": "sdq_remote.SDQImageProcessor",
@@ -52,6 +55,10 @@ class PackedFilesMixin(PreTrainedModel):
         try:
             if os.path.isdir(pretrained_model_name_or_path):
                 check_index(os.path.join(pretrained_model_name_or_path, kwargs.get("subfolder", "")))
+            config = kwargs.get("config")
+            if isinstance(config, SDQConfig) and config.strategy is not None:
+                files = {key: kwargs[key] for key in _FILE_OPTIONS if key in kwargs}
+                SDQConfig.from_pretrained(pretrained_model_name_or_path, **files).check_decided(vars(config))
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
             )
@@ -146,7 +153,7 @@ class PackedFilesMixin(PreTrainedModel):
             repo_id: such as `org/resnet18-sdq`; made when it is missing.
             options: `private`, `token`, `revision` (a branch, made when it is missing), `commit_message`,
                 `commit_description`, `create_pr`, `max_shard_size` as in transformers; `card`, to be used in place of the
-                one that is written; `license` and further `tags` of that one; `remote_code` as in `save_pretrained`.
+                one that is written; `license` and further `tags` of the card; `remote_code` as in `save_pretrained`.
 
         Raises `PublishError` when the Hub cannot be reached or refuses. A model that `scripts/run_sdq.py` has made is better
         published from its folder (`sdq-hf push`): the card there has its results.

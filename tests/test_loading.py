@@ -102,6 +102,10 @@ def test_a_field_that_the_strategy_was_made_with_is_not_changed_at_loading(model
     for load in (AutoModelForImageClassification.from_pretrained, SDQConfig.from_pretrained):
         with pytest.raises(ValueError, match=rf"^{field} of a saved model is .*{advice}"):
             load(saved, **{field: value})
+    config = SDQConfig.from_pretrained(saved)
+    setattr(config, field, value)
+    with pytest.raises(ValueError, match=rf"^{field} of a saved model is .*{advice}"):
+        SDQForImageClassification.from_pretrained(saved, config=config)
     same = SDQForImageClassification.from_pretrained(saved, **{field: getattr(model.config, field)})
     assert same.config.strategy == model.config.strategy
 
@@ -157,6 +161,9 @@ def test_the_processor_reads_16_bits_by_their_upper_half_and_refuses_an_unknown_
     assert got.shape == (1, channels, 28, 28)
     assert torch.equal(got, processor(Image.fromarray(eight))["pixel_values"])
     assert len(got.unique()) > 200
+    # An array of two dimensions is a grey image.
+    assert torch.equal(processor(eight)["pixel_values"], got)
+    assert torch.equal(processor([eight, eight])["pixel_values"], torch.cat([got, got]))
     for kind, mode in ((np.int32, "I"), (np.float32, "F")):
         with pytest.raises(ValueError, match=rf"\(mode {mode}\), whose range is not known"):
             processor([Image.fromarray(values.astype(kind))])

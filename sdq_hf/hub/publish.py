@@ -140,6 +140,11 @@ def publish_model(
             if any(not layer.pinned for layer in model.strategy.values()):
                 plot_weights(model, folder / "plots" / "weights.png")
             card = create_card(model, folder, license=license, tags=tags or ())
+        elif license is not None or tags:
+            card = _check_card(str(card), folder)
+            card.data["tags"] = list(dict.fromkeys([*(card.data.get("tags") or []), *(tags or ())]))
+            if license is not None:
+                card.data["license"] = license
         kept = "the model is still in memory; save_pretrained keeps it"
         return publish_folder(folder, repo_id, card=card, kept=kept, **options)
 

@@ -110,6 +110,10 @@ def test_a_pull_request_for_a_branch_that_is_missing_is_refused_and_tags_are_add
     assert "/discussions/" in model.push_to_hub(REPO, create_pr=True, revision="w9", tags=["flowers", "sdq"])
     tags = ModelCard(hub.files(REPO, "refs/pr/1")["README.md"].decode()).data.tags
     assert tags.count("sdq") == tags.count("flowers") == 1
+    model.push_to_hub(REPO, card="---\nlicense: mit\ntags: [sdq]\n---\n# c", tags=["flowers", "sdq"])
+    card = ModelCard(hub.files(REPO)["README.md"].decode())
+    assert (card.data.license, card.data.tags) == ("mit", ["sdq", "flowers"])
+    assert "# c" in card.text
 
 
 def test_shards_of_an_earlier_publication_are_cleared_in_the_same_commit(hub, model):
