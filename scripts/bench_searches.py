@@ -5,7 +5,7 @@
 Every search runs in a process of its own, on synthetic images and a network with random weights, down to the BitOPs of
 uniform 2 bits. Its CPU time is given in training steps: divided by that of one float training step on a batch of the same
 size in the same process. Memory is the peak of the process above what it had with the network loaded; the rows "float" are
-such training steps alone.
+such training steps alone, and "two_sided_frozen" is SDQ whose weights stay what they are while it searches.
 
 Parts: all searches on one network; SDQ and the table on networks of growing depth; and one batch of SDQ beside one entry
 of the table on a large network, from which the cost of a whole table follows.
@@ -29,6 +29,8 @@ from accelerate import Accelerator
 from sdq_hf import SDQForImageClassification
 from sdq_hf.search import METHODS, SearchLog, SearchState, search
 from sdq_hf.writing import write_json
+
+FROZEN = "two_sided_frozen"
 
 
 class Enough(Exception):
@@ -54,14 +56,18 @@ def main() -> None:
         return
     content = json.loads(options.out.read_text()) if options.out.exists() else {"cells": []}
     small = {"img_size": options.img_size, "batch_size": options.batch_size, "batches": 0}
-    jobs = [{"part": "methods", "model": options.model, "method": method, **small} for method in ("float", *METHODS)]
+    jobs = [
+        {"part": "methods", "model": options.model, "method": method, **small} for method in ("float", *METHODS, FROZEN)
+    ]
     jobs += [
         {"part": "depth", "model": model, "method": method, **small}
         for model in options.depths
-        for method in ("float", "two_sided", "table")
+        for method in ("float", "two_sided", FROZEN, "table")
     ]
     large = {"img_size": options.large_img_size, "batch_size": options.batch_size, "batches": 20}
-    jobs += [{"part": "large", "model": options.large, "method": m, **large} for m in ("float", "two_sided", "table")]
+    jobs += [
+        {"part": "large", "model": options.large, "method": m, **large} for m in ("float", "two_sided", FROZEN, "table")
+    ]
     for job in [] if options.table else jobs:
         if any(job.items() <= cell.items() for cell in content["cells"]):
             continue
@@ -70,6 +76,9 @@ def main() -> None:
         found = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
         result = json.loads(found[0].removeprefix("RESULT ")) if found else {"error": done.stderr.strip()[-300:]}
         content["cells"].append({**job, **result})
+        content["cells"].sort(
+            key=lambda cell: next((i for i, j in enumerate(jobs) if j.items() <= cell.items()), len(jobs))
+        )
         content |= {
             "versions": {name: version(name) for name in ("torch", "timm", "scipy")},
             "hardware": f"{platform.machine()}, {torch.get_num_threads()} threads",
@@ -101,6 +110,8 @@ def one(part: str, model: str, method: str, img_size: int, batch_size: int, batc
     options: dict[str, Any] = {"max_batches": 3000}
     if method == "table" and batches:
         options["images"] = batch_size
+    if method == FROZEN:
+        method, options["weight_lr"] = "two_sided", 0.0
     started = time.process_time()
     result: dict[str, Any] = {"layers": len(network.strategy.searchable)}
     accelerator = Accelerator(cpu=True)

@@ -25,6 +25,7 @@ from transformers import Trainer, TrainingArguments
 
 from sdq_hf import SDQForImageClassification
 from sdq_hf.backbones import create_backbone
+from sdq_hf.cli import from_folder_or_hub
 from sdq_hf.training.arguments import parse_groups
 from sdq_hf.training.data import check_labels, load_image_data, with_channels
 from sdq_hf.training.loaders import StreamedImages, build_transforms
@@ -83,7 +84,7 @@ def run(options: ScriptArguments, training: TrainingArguments) -> None:
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     training.remove_unused_columns = False  # the images become pixel_values only when they are asked for
-    model = SDQForImageClassification.from_pretrained(options.model)
+    model = from_folder_or_hub(SDQForImageClassification, options.model)
     train_transform, transform = build_transforms(model.config.pretrained_cfg, aug=options.aug)
     limits: dict[str, Any] = {"max_train_samples": options.max_samples, "max_eval_samples": options.max_samples}
     data = load_image_data(options.dataset, **limits, streaming=options.streaming)

@@ -248,8 +248,11 @@ def _bits(layer: LayerBits | None) -> str:
 
 
 def name_and_revision(model: str) -> tuple[str, str | None]:
-    """Of a folder, a Hub id, or `ID@REVISION`. Raises `ValueError` for a folder with a revision."""
+    """Of a folder, a Hub id, or `ID@REVISION`. Raises `ValueError` for a folder with a revision, and for that of a run."""
     if os.path.isdir(model):
+        models = sorted(path.parent for path in Path(model).glob("models/*/config.json"))
+        if models and not Path(model, "config.json").exists():
+            raise ValueError(f"{model} is the folder of a run: name one of its models, {', '.join(map(str, models))}.")
         return model, None
     name, _, revision = model.partition("@")
     if revision and os.path.isdir(name):

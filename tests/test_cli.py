@@ -76,6 +76,13 @@ def test_push_info_and_diff_with_the_hub(folders, capsys, monkeypatch, tmp_path)
     assert line.startswith("sdq-hf: error: org-user/net@w2: the Hub cannot be reached: ")
 
 
+def test_the_folder_of_a_run_is_not_that_of_a_model(folders, tmp_path, capsys):
+    shutil.copytree(folders[1], tmp_path / "models" / "sdq-bits-2")
+    assert main(["info", str(tmp_path)]) == 2
+    assert f"name one of its models, {tmp_path}/models/sdq-bits-2" in capsys.readouterr().err
+    assert main(["info", str(tmp_path / "models" / "sdq-bits-2")]) == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
