@@ -178,11 +178,14 @@ def _gradient(gate: Tensor) -> Tensor:
 
 
 @contextmanager
-def searching(model: nn.Module, trained: bool = False) -> Iterator[list[nn.Parameter]]:
+def searching(
+    model: nn.Module, trained: bool = False, original: Mapping[str, Tensor] | None = None
+) -> Iterator[list[nn.Parameter]]:
     """Inside, batch norm uses the batch's statistics and all else is in eval mode; gives the parameters that take a gradient.
 
     Those are none, or with `trained` all but the weights' scales, which the search sets itself. Afterwards modes, gradient
-    flags, parameters and running statistics are what they were.
+    flags, parameters and running statistics are what they were. `original`: the model's state, where there is a copy of it
+    already; it saves another one.
     """
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
@@ -191,7 +194,10 @@ def searching(model: nn.Module, trained: bool = False) -> Iterator[list[nn.Param
     # What a checkpointed block computes again needs not be kept, not even as codes.
     checkpointed = any(getattr(module, "grad_checkpointing", False) for module in model.modules())
     kept = norms if not trained else [model]
-    state = [{key: value.clone() for key, value in module.state_dict().items()} for module in kept]
+    if trained and original is not None:
+        state = [original]
+    else:
+        state = [{key: value.clone() for key, value in module.state_dict().items()} for module in kept]
     try:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(trained and not name.endswith("weight_quantizer.scale"))

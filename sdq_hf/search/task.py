@@ -151,6 +151,10 @@ class Task:
         """The network whose outputs the search stays close to: the teacher, or the model itself as it is now, in float."""
         return float_copy(self.model) if self.teacher is None else self.teacher
 
+    def copied(self, network: nn.Module) -> Mapping[str, Tensor] | None:
+        """The model's own state, if it is what `network`, from `float_network`, has; a teacher has another."""
+        return network.state_dict() if self.teacher is None else None
+
     def move(self, batch: int, name: str, damage: float, error: float = 0.0) -> None:
         """Step a layer down, and log it."""
         before = self.descent.bits[name]
