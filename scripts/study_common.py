@@ -90,6 +90,7 @@ def work(
             **measure(run, cell),
             "seconds": round(time.perf_counter() - started, 1),
             "processor": processor,
+            "mixed_precision": run.accelerator.mixed_precision,
         }
         # Read anew: another process may have written meanwhile.
         content = read(options.out)
