@@ -250,8 +250,8 @@ def _bits(layer: LayerBits | None) -> str:
 def name_and_revision(model: str) -> tuple[str, str | None]:
     """Of a folder, a Hub id, or `ID@REVISION`. Raises `ValueError` for a folder with a revision, and for that of a run."""
     if os.path.isdir(model):
-        models = sorted(path.parent for path in Path(model).glob("models/*/config.json"))
-        if models and not Path(model, "config.json").exists():
+        found = () if Path(model, "config.json").exists() else Path(model).glob("models/*/config.json")
+        if models := sorted(path.parent for path in found):
             raise ValueError(f"{model} is the folder of a run: name one of its models, {', '.join(map(str, models))}.")
         return model, None
     name, _, revision = model.partition("@")

@@ -154,19 +154,20 @@ class SDQConfig(PretrainedConfig):
         """
         try:
             if config_dict.get("strategy") is not None and not _DECIDED.keys().isdisjoint(kwargs):
-                cls(**config_dict).check_decided(kwargs)
+                own = cls(**config_dict)
+                for field in _DECIDED:
+                    if field in kwargs and kwargs[field] != getattr(own, field):
+                        raise ValueError(
+                            f"{field} of a saved model is {short(getattr(own, field))} and cannot be {short(kwargs[field])}: "
+                            f"{_DECIDED[field]}"
+                        )
             return super().from_dict(config_dict, **kwargs)
         except (AttributeError, IndexError, KeyError, OverflowError, RecursionError, TypeError) as error:
             raise ValueError(f"config.json: a field has a value that transformers cannot read: {error!r}") from error
 
-    def check_decided(self, changes: Mapping[str, Any]) -> None:
-        """`ValueError` where `changes` has another value for a field that this saved model's weights were made with."""
-        for field, instead in _DECIDED.items():
-            own = getattr(self, field)
-            if field in changes and changes[field] != own:
-                raise ValueError(
-                    f"{field} of a saved model is {short(own)} and cannot be {short(changes[field])}: {instead}"
-                )
+    def decided(self) -> dict[str, Any]:
+        """The fields that the weights of a saved model are made with; `from_dict` refuses others as keywords."""
+        return {field: getattr(self, field) for field in _DECIDED}
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = None) -> None:

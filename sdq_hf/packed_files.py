@@ -57,8 +57,11 @@ class PackedFilesMixin(PreTrainedModel):
                 check_index(os.path.join(pretrained_model_name_or_path, kwargs.get("subfolder", "")))
             config = kwargs.get("config")
             if isinstance(config, SDQConfig) and config.strategy is not None:
+                # The file's own configuration refuses what this one has otherwise. transformers' loader takes the commit from
+                # it too, and so asks the Hub once.
                 files = {key: kwargs[key] for key in _FILE_OPTIONS if key in kwargs}
-                SDQConfig.from_pretrained(pretrained_model_name_or_path, **files).check_decided(vars(config))
+                files["_commit_hash"] = getattr(config, "_commit_hash", None)
+                SDQConfig.from_pretrained(pretrained_model_name_or_path, **files, **config.decided())
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
             )

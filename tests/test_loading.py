@@ -110,6 +110,19 @@ def test_a_field_that_the_strategy_was_made_with_is_not_changed_at_loading(model
     assert same.config.strategy == model.config.strategy
 
 
+@pytest.mark.parametrize(
+    "written", [None, {"model_type": "sdq", "architecture": "resnet8_cifar", "activation_bits": 8}]
+)
+def test_a_configuration_that_is_given_is_the_only_one_where_the_folder_has_no_strategy(
+    model, saved, tmp_path, written
+):
+    shutil.copy(saved / "model.safetensors", tmp_path)
+    if written:
+        (tmp_path / "config.json").write_text(json.dumps(written))
+    loaded = SDQForImageClassification.from_pretrained(tmp_path, config=SDQConfig.from_pretrained(saved))
+    assert torch.equal(logits(loaded), logits(model))
+
+
 def test_fields_that_a_search_may_have_otherwise_are_changed_at_loading(model, saved):
     loaded = SDQForImageClassification.from_pretrained(saved, candidates=[2, 4], granularity="block")
     assert (loaded.config.candidates, loaded.config.granularity) == ([2, 4], "block")

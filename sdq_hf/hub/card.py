@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -162,6 +162,11 @@ def _of_run(run: RunFacts, repo_id: str) -> dict[str, Any]:
     }
 
 
+def with_tags(own: Iterable[str], more: str | Iterable[str]) -> list[str]:
+    """Tags of a card and further ones, each once."""
+    return list(dict.fromkeys([*own, *([more] if isinstance(more, str) else more)]))
+
+
 def _metadata(
     model: SDQForImageClassification, folder: Path, run: RunFacts | None, license: str | None, tags: Sequence[str]
 ) -> ModelCardData:
@@ -194,7 +199,7 @@ def _metadata(
         library_name="sdq_hf",
         pipeline_tag="image-classification",
         license=license or ((config.pretrained_cfg or {}).get("license") if config.base_model else None),
-        tags=list(dict.fromkeys([*_TAGS, *([tags] if isinstance(tags, str) else tags)])),
+        tags=with_tags(_TAGS, tags),
         metrics=["accuracy"],
         **base,
         **evaluated,

@@ -20,7 +20,7 @@ from huggingface_hub.utils import validate_repo_id
 from ..checkpoint import DIGEST, stored_digest
 from ..modeling_sdq import SDQForImageClassification
 from ..packed_files import REMOTE_CODE
-from .card import PICTURES, RunFacts, create_card, main_method, with_repo_id
+from .card import PICTURES, RunFacts, create_card, main_method, with_repo_id, with_tags
 from .errors import HTTPError, reason_of
 
 # What belongs to a model and is published; a later publication clears away those that it lacks.
@@ -142,7 +142,7 @@ def publish_model(
             card = create_card(model, folder, license=license, tags=tags or ())
         elif license is not None or tags:
             card = _check_card(str(card), folder)
-            card.data["tags"] = list(dict.fromkeys([*(card.data.get("tags") or []), *(tags or ())]))
+            card.data["tags"] = with_tags(card.data.get("tags") or (), tags or ())
             if license is not None:
                 card.data["license"] = license
         kept = "the model is still in memory; save_pretrained keeps it"

@@ -194,6 +194,7 @@ def searching(
     # What a checkpointed block computes again needs not be kept, not even as codes.
     checkpointed = any(getattr(module, "grad_checkpointing", False) for module in model.modules())
     kept = norms if not trained else [model]
+    state: list[Mapping[str, Tensor]]
     if trained and original is not None:
         state = [original]
     else:

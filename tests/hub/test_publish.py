@@ -111,6 +111,7 @@ def test_a_pull_request_for_a_branch_that_is_missing_is_refused_and_tags_are_add
     tags = ModelCard(hub.files(REPO, "refs/pr/1")["README.md"].decode()).data.tags
     assert tags.count("sdq") == tags.count("flowers") == 1
     model.push_to_hub(REPO, card="---\nlicense: mit\ntags: [sdq]\n---\n# c", tags=["flowers", "sdq"])
+    model.push_to_hub(REPO, card=hub.files(REPO)["README.md"].decode(), tags="flowers")
     card = ModelCard(hub.files(REPO)["README.md"].decode())
     assert (card.data.license, card.data.tags) == ("mit", ["sdq", "flowers"])
     assert "# c" in card.text
