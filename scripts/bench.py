@@ -32,6 +32,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from bench_memory import reset_peak, resident
 from torch import Tensor, nn
 
 from sdq_hf import SDQForImageClassification
@@ -192,7 +193,7 @@ def times(network: str, kinds: list[str], rounds: int, machine: Machine) -> dict
 def peak_memory(network: str, kind: str, machine: Machine) -> int:
     """Bytes that a step of `kind` takes at its peak, model and optimizer included, in this (fresh) process."""
     bench = Bench(network, machine)
-    before = torch.cuda.memory_allocated() if machine.is_cuda else _resident()
+    before = torch.cuda.memory_allocated() if machine.is_cuda else resident()
     if kind == "search":
         count = [0]
 
@@ -210,19 +211,14 @@ def peak_memory(network: str, kind: str, machine: Machine) -> int:
             step()
         _reset_peak(machine)
         step()
-    return (torch.cuda.max_memory_allocated() if machine.is_cuda else _resident("VmHWM")) - before
-
-
-def _resident(field: str = "VmRSS") -> int:
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(field))
+    return (torch.cuda.max_memory_allocated() if machine.is_cuda else resident("VmHWM")) - before
 
 
 def _reset_peak(machine: Machine) -> None:
     if machine.is_cuda:
         torch.cuda.reset_peak_memory_stats()
     else:
-        Path("/proc/self/clear_refs").write_text("5")
+        reset_peak()
 
 
 def brevitas_twin(network: nn.Module) -> nn.Module:

@@ -9,9 +9,6 @@ beside it what the packed file and the float network take together.
 """
 
 import argparse
-import ctypes
-import gc
-import os
 import platform
 import statistics
 import subprocess
@@ -25,6 +22,7 @@ from pathlib import Path
 import timm
 import torch
 import transformers
+from bench_memory import reset_peak, resident, trim
 from safetensors.torch import load_file, save_file
 
 from sdq_hf import SDQForImageClassification
@@ -157,20 +155,13 @@ def memory_in_child(kind: str, of: str) -> int:
         small.calibrate([torch.randn(1, 3, 32, 32)])
         small.save_pretrained(scratch, print_size=False)
         SDQForImageClassification.from_pretrained(scratch)
-    gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)  # else what is measured would fill memory that was freed before
-    before = _status("VmRSS")
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # the peak is counted from here
+    trim()
+    before = resident()
+    reset_peak()
     kept = SDQForImageClassification.from_pretrained(of) if kind == "peak" else timm.create_model(of, num_classes=1000)
-    after = _status("VmHWM" if kind == "peak" else "VmRSS")
+    after = resident("VmHWM" if kind == "peak" else "VmRSS")
     del kept
     return after - before
-
-
-def _status(field: str) -> int:
-    with open(f"/proc/{os.getpid()}/status") as file:
-        return next(1024 * int(line.split()[1]) for line in file if line.startswith(field))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ of the table on a large network, from which the cost of a whole table follows.
 import argparse
 import json
 import platform
-import resource
 import subprocess
 import sys
 import time
@@ -25,6 +24,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from bench_memory import reset_peak, resident, trim
 
 from sdq_hf import SDQForImageClassification
 from sdq_hf.search import METHODS, SearchLog, SearchState, search
@@ -99,7 +99,9 @@ def one(part: str, model: str, method: str, img_size: int, batch_size: int, batc
     ]
     network.set_strategy(6)
     network.calibrate(data, num_batches=1)
-    loaded = _peak()
+    trim()
+    reset_peak()
+    loaded = resident()
     log = SearchLog()
     budget = float(network.strategy.with_bits(2).bitops())
 
@@ -122,9 +124,9 @@ def one(part: str, model: str, method: str, img_size: int, batch_size: int, batc
         pass
     except ValueError as error:
         result["error"] = str(error)
-    seconds, peak = time.process_time() - started, _peak()
+    seconds, peak = time.process_time() - started, resident("VmHWM")
     step = float_step(network, data[0]["pixel_values"])
-    peak = _peak() if method == "float" else peak
+    peak = resident("VmHWM") if method == "float" else peak
     return {
         **result,
         "seconds": round(step if method == "float" else seconds, 3),
@@ -149,11 +151,6 @@ def float_step(model: SDQForImageClassification, images: torch.Tensor, repeats: 
         optimizer.zero_grad()
         times.append(time.process_time() - started)
     return min(times)
-
-
-def _peak() -> int:
-    """Most bytes that this process has held so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def table(cells: list[dict[str, Any]]) -> str:
