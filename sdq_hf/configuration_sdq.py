@@ -49,7 +49,8 @@ class SDQConfig(PretrainedConfig):
         first_last_bits (`int`): bits of weights and inputs of the first and last layer, 1 to 8, or 32 for float. Those
             layers are pinned (our interpretation of the paper).
         pins (`dict[str, int]`, *optional*): pattern of layer names (as in `fnmatch`) -> weight bits that the search
-            leaves alone, 1 to 8, or 32 for a layer that stays float. The last pattern that matches decides.
+            leaves alone, 1 to 8, or 32 for a layer that stays float. The last pattern that matches decides. Pairs, as
+            config.json has several pins, are taken too.
         strategy (`list`, *optional*): `Strategy.to_json()`, the one truth about bits. None: top of the ladder.
     """
 
@@ -71,7 +72,7 @@ class SDQConfig(PretrainedConfig):
         average_sizes: dict[str, list[int]] | None = None,
         activation_bits: int = 4,
         first_last_bits: int = 8,
-        pins: dict[str, int] | None = None,
+        pins: Mapping[str, int] | Iterable[tuple[str, int]] | None = None,
         strategy: list[dict[str, Any]] | Strategy | None = None,
         **kwargs,
     ):
@@ -89,7 +90,7 @@ class SDQConfig(PretrainedConfig):
         self.average_sizes = average_sizes
         self.activation_bits = activation_bits
         self.first_last_bits = first_last_bits
-        self.pins = {} if pins is None else pins
+        self.pins = _mapping(pins)
         self.strategy = strategy.to_json() if isinstance(strategy, Strategy) else strategy
         # A file from the Hub is untrusted, so everything is looked at before transformers acts on it.
         self._validate()
@@ -165,6 +166,13 @@ class SDQConfig(PretrainedConfig):
         except (AttributeError, IndexError, KeyError, OverflowError, RecursionError, TypeError) as error:
             raise ValueError(f"config.json: a field has a value that transformers cannot read: {error!r}") from error
 
+    def to_dict(self) -> dict[str, Any]:
+        """As in transformers; several `pins` are pairs, since config.json is sorted and their order counts."""
+        output = super().to_dict()
+        if len(self.pins) > 1:
+            output["pins"] = [list(pin) for pin in self.pins.items()]
+        return output
+
     def decided(self) -> dict[str, Any]:
         """The fields that the weights of a saved model are made with; `from_dict` refuses others as keywords."""
         return {field: getattr(self, field) for field in _DECIDED}
@@ -206,6 +214,16 @@ def check_fields(fields: Iterable[str]) -> None:
                 f"SDQConfig has no field {short(name)}.{hint} Arguments of timm.create_model, such as in_chans, go into "
                 "model_args; the number of classes is num_labels."
             )
+
+
+def _mapping(pins: Any) -> Any:
+    """Pins as a dictionary, where they are pairs as in config.json; what is neither is left to the checks."""
+    if pins is None:
+        return {}
+    pairs = isinstance(pins, list | tuple) and all(
+        isinstance(pin, list | tuple) and len(pin) == 2 and isinstance(pin[0], str) for pin in pins
+    )
+    return dict(pins) if pairs else pins
 
 
 def _check_bits(field: str, bits: Any, float_allowed: bool = True) -> None:

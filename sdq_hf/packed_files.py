@@ -231,6 +231,12 @@ def _check_layers(strategy: Strategy, network: nn.Module) -> None:
         if name in layers:
             bits = quantized[name].weight_quantizer.bits if name in quantized else FLOAT_BITS
             found = cast(Tensor, layers[name].weight).numel(), bits, inputs[name].bits if name in inputs else FLOAT_BITS
+            if "weight" not in layers[name]._parameters:
+                raise ValueError(
+                    f"Layer {name!r}: its weight is computed from other tensors, by torch's prune or a parametrization, "
+                    "and a file holds the weight alone. Make it permanent first: torch.nn.utils.prune.remove(layer, "
+                    "'weight'), or parametrize.remove_parametrizations(layer, 'weight')."
+                )
         layer = strategy.get(name)
         wanted = () if layer is None else (layer.num_weights, layer.weight_bits, layer.activation_bits)
         if found != wanted:

@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from timm.utils import freeze
 from torch import nn
+from torch.nn.utils import prune
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, pipeline
 
 from sdq_hf import SDQConfig, SDQForImageClassification, SDQImageProcessor
@@ -136,6 +137,30 @@ def test_the_name_of_a_field_that_does_not_exist_is_refused_with_the_nearest():
         SDQForImageClassification.from_timm("resnet8_cifar", qqqqqq=3)
     model = SDQForImageClassification.from_timm("resnet8_cifar", activation_bits=3, problem_type="regression")
     assert (model.config.activation_bits, model.config.problem_type) == (3, "regression")
+
+
+@pytest.mark.parametrize("pins", [{"layer2.*": 8, "*": 3}, {"*": 3, "layer2.*": 8}])
+def test_the_last_pin_that_matches_decides_in_a_file_too(tmp_path, pins):
+    config = SDQConfig(architecture="resnet20_cifar", num_labels=10, pins=pins)
+    config.save_pretrained(tmp_path)
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert list(loaded.pins.items()) == list(pins.items())
+    assert loaded.pinned_bits("layer2.0.conv1") == config.pinned_bits("layer2.0.conv1") == list(pins.values())[-1]
+    assert SDQConfig(**config.to_dict()).pins == pins
+
+
+def test_weights_that_are_computed_from_other_tensors_are_not_saved(model, saved, tmp_path):
+    pruned = copy.deepcopy(model)
+    layer = pruned.timm_model.conv1
+    prune.l1_unstructured(layer, "weight", 0.3)
+    with pytest.raises(ValueError, match=r"'conv1': its weight is computed.*prune\.remove"):
+        pruned.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+    prune.remove(layer, "weight")
+    pruned.save_pretrained(tmp_path / "model", print_size=False)
+    loaded = SDQForImageClassification.from_pretrained(tmp_path / "model")
+    assert torch.equal(logits(loaded), logits(pruned))
+    assert not torch.equal(logits(loaded), logits(model))
 
 
 def test_sharded_files(model, tmp_path):
