@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from contextlib import redirect_stdout
@@ -130,8 +131,16 @@ def test_a_reader_that_has_seen_enough_is_no_error(folders):
     assert (done.stdout, done.stderr) == ("0\n", "")
 
 
+@pytest.fixture
+def ctrl_c():
+    """Ctrl-C reaches the tests also where a script started them in its background, which shells let ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("when", ["onnx: writing", "integers: 20 images", "onnx: 20 real images"])
-def test_ctrl_c_ends_an_export_in_one_line_and_leaves_nothing(tmp_path, capsys, when):
+def test_ctrl_c_ends_an_export_in_one_line_and_leaves_nothing(tmp_path, capsys, ctrl_c, when):
     model = create("resnet8_cifar").to_hardware_profile(torch.rand(4, 3, 32, 32))
     model.save_pretrained(tmp_path / "model", print_size=False)
     command = ["export", str(tmp_path / "model"), "--to", "onnx", "--images", "20", "--output", str(tmp_path / "out")]

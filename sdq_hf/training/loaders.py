@@ -163,12 +163,13 @@ class StreamedImages(torch.utils.data.IterableDataset):
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Inside, the global generators of random, numpy and torch start from `seed`; afterwards they are as before."""
+    """Inside, the global generators of random, numpy and torch (CPU) start from `seed`; afterwards they are as before."""
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
         random.seed(seed)
         np.random.seed(seed)
-        torch.manual_seed(seed)
+        # torch.manual_seed would seed the generators of all GPUs too, and where there is none take a millisecond to note it.
+        torch.default_generator.manual_seed(seed)
         yield
     finally:
         random.setstate(before[0])

@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -609,6 +610,18 @@ def test_an_image_is_augmented_anew_in_each_epoch(data: Any, crop_pct: float) ->
     same = (augmented(0) == augmented(1)).flatten(1).all(1).sum()
     assert same < 16
     assert torch.equal(augmented(1), augmented(1))
+
+
+def test_augmentation_leaves_every_global_generator_as_it_is(data: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seeded = []
+    # What torch.manual_seed does to GPUs, which a network may draw its noise on.
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    images = build_loaders(data, {**COLOUR, "crop_pct": 0.8}, aug="rand", batch_size=16)["train"].dataset
+    states = random.getstate(), np.random.get_state()[1].tobytes(), torch.get_rng_state().tolist()
+    assert isinstance(images, TransformedImages)
+    assert images[0, 3]["pixel_values"].isfinite().all()
+    assert (random.getstate(), np.random.get_state()[1].tobytes(), torch.get_rng_state().tolist()) == states
+    assert seeded == []
 
 
 def test_workers_change_nothing(data: Any) -> None:
