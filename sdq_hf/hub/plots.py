@@ -216,9 +216,9 @@ def _plot_layer_weights(axis: Any, layer: QuantizedLayer) -> str:
         heights, _ = np.histogram(values, bins=np.append(levels - gap / 2, levels[-1] + gap / 2))
         axis.bar(levels, heights, width=0.8 * gap, color=_WEIGHTS)
     else:
-        axis.hist(normalise(weight, quantizer.form, bits, scale).flatten().numpy(), bins=100, color=_WEIGHTS)
-    for level in levels:
-        axis.axvline(level, color=COLOURS["sdq"], linewidth=0.8)
+        values = normalise(weight, quantizer.form, bits, scale).flatten().numpy()
+        axis.stairs(*np.histogram(values, bins=100), fill=True, color=_WEIGHTS)
+    axis.vlines(levels, 0, 1, transform=axis.get_xaxis_transform(), color=COLOURS["sdq"], linewidth=0.8)
     axis.set_yticks([])
     of = "" if rows is None else f" ({len(rows)} of {layer.weight.shape[0]} channels)"
     return f"{bits} bit{'s' * (bits > 1)}{of}"
