@@ -14,6 +14,7 @@ from typing import Any
 
 import datasets
 import torch
+from scipy.stats import ttest_rel
 from torch import nn
 
 from sdq_hf import SDQForImageClassification
@@ -227,14 +228,25 @@ def as_found(run: Run, strategy: Strategy) -> dict[str, float]:
 
 
 def mean_and_error(values: Sequence[float], digits: int) -> str:
-    """Mean and its standard error as text, `0.123 ± 0.004`; no error where there is one value."""
+    """Mean and its standard error as text, `0.123 ± 0.004`; no error where there is one value, and nothing of none."""
+    if not values:
+        return ""
     mean = f"{statistics.fmean(values):.{digits}f}"
     if len(values) < 2:
         return mean
     return f"{mean} ± {statistics.stdev(values) / len(values) ** 0.5:.{digits}f}"
 
 
-def above_sdq(method: str, kl: Mapping[int, float], sdq: Mapping[int, float]) -> str:
-    """By how much `kl` of a method is above SDQ's with the same seed, as `mean_and_error` writes it; seed -> KL in both."""
-    above = [value - sdq[seed] for seed, value in kl.items() if seed in sdq]
-    return mean_and_error(above, 4) if above and method != "two_sided" else ""
+def above_sdq(method: str, kl: Mapping[int, float], sdq: Mapping[int, float], p_value: bool = False) -> str:
+    """By how much `kl` of a method is above SDQ's with the same seed, as `mean_and_error` writes it; seed -> KL in both.
+
+    p_value: with that of a paired t test, two-sided.
+    """
+    seeds = [seed for seed in kl if seed in sdq]
+    if method == "two_sided":
+        return ""
+    text = mean_and_error([kl[seed] - sdq[seed] for seed in seeds], 4)
+    if not p_value or len(seeds) < 2:
+        return text
+    p = ttest_rel([kl[seed] for seed in seeds], [sdq[seed] for seed in seeds]).pvalue
+    return f"{text}, p = {p:.2f}" if p >= 0.01 else f"{text}, p < 0.01"

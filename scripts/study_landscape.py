@@ -222,7 +222,7 @@ def table(cells: list[Cell]) -> str:
     for key in (*(f"{t:g}" for t in TEMPERATURES), "two_sided"):
         numbers = [
             mean_and_error([cell["noise"][f"{theta:g}"][key] for cell in cells], 1)
-            if key in cells[0]["noise"][f"{theta:g}"]
+            if cells and key in cells[0]["noise"][f"{theta:g}"]
             else ""
             for theta in LOGITS
         ]

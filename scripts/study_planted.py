@@ -118,7 +118,7 @@ def measure(options: argparse.Namespace, run: Run, cell: Mapping[str, Any]) -> C
     planted = planted_layers(list(pairs(run.network)), cell["seed"])
     run.arguments.search.start_bits = 8
     try:
-        (strategy,), seconds, _ = run.search_one(method, [budget], "bitops", method)
+        (strategy,), seconds, log = run.search_one(method, [budget], "bitops", method)
     except BudgetError as error:
         return {"error": str(error)}
     found = as_found(run, strategy)
@@ -136,6 +136,8 @@ def measure(options: argparse.Namespace, run: Run, cell: Mapping[str, Any]) -> C
         },
         "found": found,
         "search_seconds": round(seconds, 1),
+        "search_forward_images": log.forward_images,
+        "search_backward_images": log.backward_images,
     }
 
 

@@ -138,13 +138,13 @@ def trained_on(options: argparse.Namespace, run: Run, method: str) -> Cell:
 def table(found: list[dict[str, Any]]) -> str:
     """Markdown: test KL and top-1 of each method at each budget, mean over seeds and standard error of the mean.
 
-    Also the validation KL of the strategy as it was found, before the fine-tune, and by how much the test KL is above that of
-    "two_sided" with the same seed: float network, split and order of images are the same in both.
+    Also the validation KL of the strategy as it was found, before the fine-tune, and by how much the KL after it is above
+    that of "two_sided" with the same seed, on test and on validation: float network, split and order of images are the same.
     """
     lines = [
-        "| budget | search | test KL, nats | above SDQ's, same seeds | test top-1, % | validation KL before training "
-        "| average bits | seeds |",
-        "|" + "---|" * 8,
+        "| budget | search | test KL, nats | above SDQ's, same seeds | on validation | test top-1, % "
+        "| validation KL before training | average bits | seeds |",
+        "|" + "---|" * 9,
     ]
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for cell in found:
@@ -153,12 +153,13 @@ def table(found: list[dict[str, Any]]) -> str:
     ranked = sorted(groups.items(), key=lambda g: (*g[0][:3], statistics.fmean(c["kl"] for c in g[1])))
     for key, members in ranked:
         activation_bits, cost, target, method = key
-        sdq = {cell["seed"]: cell["kl"] for cell in groups.get((*key[:3], "two_sided"), [])}
+        sdq = groups.get((*key[:3], "two_sided"), [])
         unit = {"bits": "average bits", "bitops": "bits' BitOPs", "lut": "bits' LUT cost"}.get(cost)
         budget = f"{target:g} {unit}, A{activation_bits}" if unit else "float"
         numbers = [
             mean_and_error([cell["kl"] for cell in members], 4),
-            above_sdq(method, {cell["seed"]: cell["kl"] for cell in members}, sdq),
+            above_sdq(method, _by_seed(members), _by_seed(sdq), p_value=True),
+            above_sdq(method, _by_seed(members, "validation"), _by_seed(sdq, "validation")),
             mean_and_error([cell["top1"] for cell in members], 2),
         ]
         before = [cell["found"]["kl"] for cell in members if "found" in cell]
@@ -166,6 +167,11 @@ def table(found: list[dict[str, Any]]) -> str:
         bits = statistics.fmean(cell["average_bits"] for cell in members)
         lines.append(f"| {budget} | {method} | {' | '.join(numbers)} | {bits:.2f} | {len(members)} |")
     return "\n".join(lines)
+
+
+def _by_seed(cells: list[dict[str, Any]], split: str | None = None) -> dict[int, float]:
+    """Seed -> KL, on test or on another split."""
+    return {cell["seed"]: (cell if split is None else cell[split])["kl"] for cell in cells}
 
 
 if __name__ == "__main__":

@@ -101,6 +101,27 @@ def test_a_search_study_may_find_the_bits_of_inputs_too(study, tmp_path):
     assert "| 5 bits' BitOPs, A4 | two_sided_activations |" in printed
 
 
+def test_differences_are_between_the_same_seeds_and_tested_in_pairs():
+    def cell(method, seed, kl, validation):
+        about = {"cost": "bits", "target": 2.0, "activation_bits": 4, "top1": 90.0, "average_bits": 2.0}
+        return {"method": method, "seed": seed, "kl": kl, "validation": {"kl": validation}, **about}
+
+    cells = [cell("two_sided", 0, 0.01, 0.02), cell("two_sided", 1, 0.02, 0.04), cell("two_sided", 2, 0.5, 0.5)]
+    cells += [cell("hawq", 1, 0.023, 0.038), cell("hawq", 0, 0.011, 0.02), cell("hawq", 3, 0.9, 0.9)]
+    # Differences of 0.001 and 0.003: t = 2, whose p-value has a closed form at one degree of freedom.
+    p = 1 - 2 / math.pi * math.atan(2)
+    (row,) = [line for line in study_search.table(cells).splitlines() if "hawq" in line]
+    assert f"| 0.0020 ± 0.0010, p = {p:.2f} | -0.0010 ± 0.0010 |" in row
+
+
+@pytest.mark.parametrize("study", [study_search, study_planted, study_landscape, study_ablations, study_signal])
+def test_a_study_without_results_has_a_table_of_none(study, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["study", "--table", "--out", str(tmp_path / "none.json")])
+    study.main()
+    assert "|---|" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_float_rows_of_a_search_study_are_the_float_network_trained_on(study, tmp_path):
     options = "--epochs 2 --methods float float_kd --target_bits --target_bitops"
     printed, (labels, distilled) = study(study_search, options, tmp_path / "float.json")
