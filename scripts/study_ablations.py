@@ -104,11 +104,18 @@ def reversed_bits(learned: Strategy, candidates: Sequence[int]) -> Strategy:
 
 
 def table(cells: list[Cell]) -> str:
-    """Markdown: test KL and top-1 of each change, mean over float networks and standard error."""
-    lines = ["| change | test KL, nats | test top-1, % | average bits | seeds |", "|---|---|---|---|---|"]
-    groups: dict[tuple[str, str], list[Cell]] = {}
+    """Markdown: test KL and top-1 of each change, mean over float networks and standard error.
+
+    Beside them are the differences from the learned strategy with the same seeds, since rows may have other seeds.
+    """
+    lines = [
+        "| change | test KL, nats | above the learned | test top-1, % | above the learned | average bits | seeds |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    groups: dict[tuple[str, str], dict[int, Cell]] = {}
     for cell in cells:
-        groups.setdefault((cell["part"], cell["value"]), []).append(cell)
+        groups.setdefault((cell["part"], cell["value"]), {})[cell["seed"]] = cell
+    learned = groups.get(("strategy", "learned"), {})
     labels = {
         "strategy": "{} strategy",
         "teacher": "teacher: {}",
@@ -116,9 +123,13 @@ def table(cells: list[Cell]) -> str:
         "ebr_dorefa": "EBR {}, dorefa",
     }
     for (part, value), members in groups.items():
-        kl, top1 = (mean_and_error([c[key] for c in members], digits) for key, digits in (("kl", 4), ("top1", 2)))
-        bits = sum(c["average_bits"] for c in members) / len(members)
-        lines.append(f"| {labels[part].format(value)} | {kl} | {top1} | {bits:.2f} | {len(members)} |")
+        columns = []
+        for key, digits in (("kl", 4), ("top1", 2)):
+            differences = [cell[key] - learned[seed][key] for seed, cell in members.items() if seed in learned]
+            columns.append(mean_and_error([cell[key] for cell in members.values()], digits))
+            columns.append(mean_and_error(differences, digits) if value != "learned" and differences else "")
+        columns.append(f"{sum(cell['average_bits'] for cell in members.values()) / len(members):.2f}")
+        lines.append(f"| {labels[part].format(value)} | {' | '.join(columns)} | {len(members)} |")
     return "\n".join(lines)
 
 

@@ -114,6 +114,20 @@ def test_differences_are_between_the_same_seeds_and_tested_in_pairs():
     assert f"| 0.0020 ± 0.0010, p = {p:.2f} | -0.0010 ± 0.0010 |" in row
 
 
+def test_ablations_are_compared_with_the_learned_strategy_of_the_same_seeds():
+    def cell(value, seed, kl, top1):
+        return {"part": "strategy", "value": value, "seed": seed, "kl": kl, "top1": top1, "average_bits": 2.0}
+
+    cells = [cell("learned", 0, 0.01, 90.0), cell("learned", 1, 0.03, 91.0), cell("learned", 2, 0.9, 10.0)]
+    cells += [cell("uniform", 1, 0.05, 89.0), cell("uniform", 0, 0.014, 89.0)]
+    learned, uniform = study_ablations.table(cells).splitlines()[2:]
+    # Differences of 0.02 and 0.004 nats, and of 2 points and 1.
+    assert uniform == (
+        "| uniform strategy | 0.0320 ± 0.0180 | 0.0120 ± 0.0080 | 89.00 ± 0.00 | -1.50 ± 0.50 | 2.00 | 2 |"
+    )
+    assert learned.count("|  |") == 2
+
+
 @pytest.mark.parametrize("study", [study_search, study_planted, study_landscape, study_ablations, study_signal])
 def test_a_study_without_results_has_a_table_of_none(study, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sys, "argv", ["study", "--table", "--out", str(tmp_path / "none.json")])
