@@ -38,6 +38,11 @@ from .power_of_two import nearest_power_of_two
 FORMS = ("dorefa", "entropy", "lsq")
 # Units that are powers of two do not go below the first, and in a channel not below the second times the largest one's.
 _LEAST_UNIT, _LEAST_SHARE = 2.0**-20, 2.0**-10
+# Clips that are tried, in units of max|w|. The best one falls with the bitwidth: geometric steps down to 4 %, finer near the
+# top, where those of 7 and 8 bits are. Each is then improved by the closed form for its own integers.
+_CLIPS = torch.cat([torch.logspace(0, math.log10(0.04), 48), torch.linspace(1.02, 0.7, 33)])
+# Numbers in a tensor of weights at several of them.
+_AT_ONCE = 2**16
 
 
 def entropy_gamma(bits: int) -> float:
@@ -148,22 +153,23 @@ def _best_scale(w: Tensor, form: str, grid: str, bits: int, per_channel: bool) -
         values = dequantize(quantize_to_integers(w, form, grid, bits, one), grid, bits, one)
         return ((w * values).sum() / values.square().sum().clamp_min(1e-30)).clamp_min(1e-8)
 
-    def total(values: Tensor) -> Tensor:
-        return to_channels(values.flatten(1).sum(1), w) if per_channel else values.sum()
-
-    top = (to_channels(w.abs().flatten(1).amax(1), w) if per_channel else w.abs().max()).clamp_min(1e-8)
-    # The best clip falls with the bitwidth: geometric steps from max|w| down to 4 % of it, finer near the top, where
-    # those of 7 and 8 bits are. Each is then improved by the closed form for its own integers.
+    # [1, scales of the result, weights of each]; the clips come first.
+    rows = (w.flatten(1) if per_channel else w.flatten()[None])[None]
+    top = rows.abs().amax(2, keepdim=True).clamp_min(1e-8)
     best, least = top, torch.full_like(top, math.inf)
-    factors = torch.cat([torch.logspace(0, math.log10(0.04), 48), torch.linspace(1.02, 0.7, 33)])
-    for factor in factors.tolist():
-        scale = top * factor
-        integers = quantize_to_integers(w, form, grid, bits, scale)
-        refined = total(w * integers) / total(integers.square()).clamp_min(1) * half_range(grid, bits)
+    # Many at a time, where there are few weights: what takes the time there is the number of operations.
+    for factors in _CLIPS.to(w.device).split(max(1, _AT_ONCE // w.numel())):
+        scale = top * factors[:, None, None]
+        integers = quantize_to_integers(rows, form, grid, bits, scale)
+        products, squares = (rows * integers).sum(2, keepdim=True), integers.square().sum(2, keepdim=True)
+        refined = products / squares.clamp_min(1) * half_range(grid, bits)
         scale = torch.where(refined > 0, refined, scale)
-        error = total((dequantize(quantize_to_integers(w, form, grid, bits, scale), grid, bits, scale) - w).square())
+        values = dequantize(quantize_to_integers(rows, form, grid, bits, scale), grid, bits, scale)
+        errors = (values - rows).square().sum(2, keepdim=True).nan_to_num(nan=math.inf)
+        first = errors.argmin(0, keepdim=True)
+        error, scale = errors.gather(0, first), scale.gather(0, first)
         best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
-    return best.flatten() if per_channel else best
+    return best.flatten() if per_channel else best.view(())
 
 
 def best_channel_scales(w: Tensor, form: str, grid: str, bits: Sequence[int], power_of_two: bool = False) -> Tensor:

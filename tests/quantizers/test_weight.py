@@ -143,6 +143,19 @@ def test_best_scale_has_the_unit_of_the_weights(grid, bits, power_of_two):
             assert torch.equal(found, factor * best_scale(w, "lsq", grid, bits, per_channel, power_of_two))
 
 
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize("grid", GRIDS)
+def test_clips_that_are_tried_at_once_give_the_scale_that_they_give_one_by_one(grid, per_channel, monkeypatch):
+    for shape in [(1, 1), (8, 1, 3, 3), (7, 150), (20, 60, 3, 3)]:
+        w = weights(count=math.prod(shape)).view(shape)
+        w[0] = 0
+        for bits in BITS:
+            at_once = best_scale(w, "lsq", grid, bits, per_channel)
+            with monkeypatch.context() as patch:
+                patch.setattr("sdq_hf.quantizers.weight._AT_ONCE", 1)
+                assert torch.equal(at_once, best_scale(w, "lsq", grid, bits, per_channel))
+
+
 def test_channels_whose_bits_stay_keep_their_scale():
     w, quantizer = weights(6, 40).view(4, 10), WeightQuantizer("lsq", "midrise", (3, 2, 3, 5), channels=4)
     quantizer.fit_scale(w)
