@@ -1,4 +1,4 @@
-"""The studies: a small run of each, on the bundled sample, and what they compute beside the library."""
+"""The studies: a small run of each, on images of the bundled sample, and what they compute beside the library."""
 
 import copy
 import json
@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import timm
 import torch
+from datasets import Dataset
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from sdq_hf import SDQForImageClassification
+from sdq_hf.training.data import BUNDLED
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -41,13 +43,35 @@ def runs(tmp_path_factory):
     return tmp_path_factory.mktemp("runs")
 
 
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """A folder with some of the sample, in the size of the runs: such images are kept decoded."""
+    folder = tmp_path_factory.mktemp("images")
+    for name, count in (("train", 600), ("test", 300)):
+        split = Dataset.from_parquet(str(BUNDLED / f"{name}.parquet")).select(range(count))
+        split.map(lambda row: {"image": row["image"].resize((12, 12))}).to_parquet(folder / f"{name}.parquet")
+    return folder
+
+
 @pytest.fixture
-def study(runs, monkeypatch, capsys):
+def study(runs, images, monkeypatch, capsys):
     """A study is run as from the command line; gives what it printed and its cells."""
 
     def run(module, options, out):
         monkeypatch.setattr(
-            sys, "argv", ["study", *TINY.split(), "--runs", str(runs), "--out", str(out), *options.split()]
+            sys,
+            "argv",
+            [
+                "study",
+                *TINY.split(),
+                "--dataset",
+                str(images),
+                "--runs",
+                str(runs),
+                "--out",
+                str(out),
+                *options.split(),
+            ],
         )
         module.main()
         return capsys.readouterr().out, json.loads(out.read_text())["cells"]
