@@ -53,19 +53,26 @@ def quantized(layer, bits):
 
 
 @torch.no_grad()
-def plain_kl(model, bits, batches):
-    """KL to the float network with the layers of `bits` quantized and the other searched ones in float, by plain torch."""
+def plain_kl(model, bits, batches, known=None):
+    """KL to the float network with the layers of `bits` quantized and the other searched ones in float, by plain torch.
+
+    known: a dict that keeps what many calls with the same model and batches have in common.
+    """
+    known = {} if known is None else known
+    if not known:
+        twin = model.float_twin()
+        known["targets"] = [twin(batch["pixel_values"]).double().softmax(-1) for batch in batches]
     network = copy.deepcopy(model)
-    twin = model.float_twin()
     for name in model.strategy.searchable:
         layer = network.quantized_layers()[name]
-        weight = quantized(layer, bits[name]) if name in bits else layer.weight.detach()
-        layer.weight_source = lambda _, weight=weight: weight
+        place = name, bits.get(name)
+        if place not in known:
+            known[place] = quantized(layer, bits[name]) if name in bits else layer.weight.detach()
+        layer.weight_source = lambda _, weight=known[place]: weight
     network.train()
     total = count = 0
-    for batch in batches:
-        target, logits = twin(batch["pixel_values"]).double(), network(batch["pixel_values"]).logits.double()
-        p = target.softmax(-1)
+    for batch, p in zip(batches, known["targets"], strict=True):
+        logits = network(batch["pixel_values"]).logits.double()
         total += (p * (p.log() - logits.log_softmax(-1))).sum().item()
         count += len(p)
     return total / count
@@ -201,7 +208,9 @@ def truth(planted):
     """Bits, BitOPs and damage (KL above that of float weights) of all 256 strategies of the four layers, by plain torch."""
     batches = Images(2).batches
     every = [dict(zip(FEW, bits, strict=True)) for bits in product([1, 2, 3, 4], repeat=4)]
-    damage = np.array([plain_kl(planted, bits, batches) for bits in every]) - plain_kl(planted, {}, batches)
+    known = {}
+    damage = np.array([plain_kl(planted, bits, batches, known) for bits in every])
+    damage -= plain_kl(planted, {}, batches, known)
     cost = [planted.strategy.with_bits(bits).bitops() for bits in every]
     return SimpleNamespace(bits=every, damage=damage, cost=np.array(cost))
 
