@@ -487,9 +487,16 @@ def test_training_only_the_scales_of_a_loaded_model_changes_what_it_computes(sav
     assert torch.equal(logits(SDQForImageClassification.from_pretrained(tmp_path)), logits(loaded))
 
 
-@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "vit_small_patch16_dinov3", "vit_tiny_patch16_224"])
-def test_buffers_that_no_file_holds_are_filled(tmp_path, name):
-    model = create(name, size=None)
+@pytest.mark.parametrize(
+    ("name", "shallow"),
+    [
+        ("swin_tiny_patch4_window7_224", {"depths": [2, 2], "num_heads": [3, 6]}),
+        ("vit_small_patch16_dinov3", {"depth": 2}),
+        ("vit_tiny_patch16_224", {"depth": 2}),
+    ],
+)
+def test_buffers_that_no_file_holds_are_filled(tmp_path, name, shallow):
+    model = create(name, size=None, model_args=shallow)
     size = model.config.input_size
     pixels = torch.randn(1, *size, generator=torch.Generator().manual_seed(0))
     model.save_pretrained(tmp_path, print_size=False)
