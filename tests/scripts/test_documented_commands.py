@@ -47,12 +47,12 @@ def read(program, words, monkeypatch):
         _, unknown = known(self, *arguments, **options)
         raise SystemExit(f"unknown: {unknown}") if unknown else Parsed
 
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", parse)
-    monkeypatch.setattr("sys.argv", [program, *words])
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    with pytest.raises(Parsed):
-        runpy.run_path(str(ROOT / program), run_name="__main__")
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, "parse_known_args", parse)
+        patch.setattr("sys.argv", [program, *words])
+        patch.syspath_prepend(str(ROOT / "scripts"))
+        with pytest.raises(Parsed):
+            runpy.run_path(str(ROOT / program), run_name="__main__")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

@@ -58,21 +58,8 @@ def study(runs, images, monkeypatch, capsys):
     """A study is run as from the command line; gives what it printed and its cells."""
 
     def run(module, options, out):
-        monkeypatch.setattr(
-            sys,
-            "argv",
-            [
-                "study",
-                *TINY.split(),
-                "--dataset",
-                str(images),
-                "--runs",
-                str(runs),
-                "--out",
-                str(out),
-                *options.split(),
-            ],
-        )
+        folders = ["--dataset", str(images), "--runs", str(runs), "--out", str(out)]
+        monkeypatch.setattr(sys, "argv", ["study", *TINY.split(), *folders, *options.split()])
         module.main()
         return capsys.readouterr().out, json.loads(out.read_text())["cells"]
 
