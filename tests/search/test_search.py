@@ -357,8 +357,8 @@ def test_an_iterator_without_end_can_be_searched_with(planted):
 
 
 def test_batches_that_a_search_cannot_use_are_named(planted):
-    def run(data):
-        return search(copy.deepcopy(planted), data, [2.0], accelerator=Accelerator(cpu=True))
+    def run(data, budget=2.0):
+        return search(copy.deepcopy(planted), data, [budget], accelerator=Accelerator(cpu=True))
 
     x = next(iter(Images()))["pixel_values"]
     with pytest.raises(ValueError, match="'pixel_values'; got a mapping with 'images'"):
@@ -366,6 +366,6 @@ def test_batches_that_a_search_cannot_use_are_named(planted):
     with pytest.raises(ValueError, match="'pixel_values'; got list"):
         run([["cat", "dog"]])
     # Images with their labels, as timm's loaders give them, can be used.
-    assert run([(x, torch.zeros(len(x)))]) == run([{"pixel_values": x}])
+    assert run([(x, torch.zeros(len(x)))], 5.5) == run([{"pixel_values": x}], 5.5)
     with pytest.raises(ValueError, match="batches are used up"):
         run(x for _ in range(6))
