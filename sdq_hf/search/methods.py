@@ -43,6 +43,8 @@ METHODS: dict[str, Callable[..., list[Strategy]]] = {
 KERNEL_METHODS = ("two_sided", "paper", "uniform", "random", "size", "greedy")
 # Those that learn DBPs by stochastic quantization, and can be resumed in the middle.
 SDQ_METHODS = ("two_sided", "paper")
+# Whose statistics batch norm has in a search.
+BATCH_NORM = ("batch", "running")
 _OPTIONS_OF: dict[str, Callable[..., object]] = {"two_sided": TwoSided, "paper": Paper}
 
 
@@ -59,6 +61,7 @@ def search(
     floors: Mapping[str, int] | None = None,
     search_activations: bool = False,
     weight_lr: float = 3e-4,
+    batch_norm: str = "batch",
     max_batches: int = 100_000,
     log: SearchLog | None = None,
     accelerator: Accelerator | None = None,
@@ -96,6 +99,9 @@ def search(
             stay so.
         weight_lr: learning rate (AdamW) at which the weights follow the search, as in the paper's first phase, so that
             damage is measured in a network that has adapted to its bits; 0 keeps them frozen. For SDQ, fracbits and edmips.
+        batch_norm: statistics that batch norm has in the search: those of each "batch", as in the training that follows, or
+            "running" ones, for a network that is used at its bits without training (then with weight_lr=0) and without
+            recalibration; hawq, whose network stays in float, always has these.
         max_batches: gives up after so many, with a `BudgetError` that says how far it came.
         log: is filled with estimates and moves. on_step: is called after each batch.
         accelerator: of a distributed or mixed-precision run; gradients are averaged over its ranks, which are compared at
@@ -117,6 +123,8 @@ def search(
     budgets, floors = _budgets(budgets), _floors(floors)
     if not _is_number(weight_lr) or not 0 <= weight_lr < math.inf:
         raise ValueError(f"weight_lr must be a number of at least 0, got {short(weight_lr)}.")
+    if batch_norm not in BATCH_NORM:
+        raise ValueError(f"batch_norm must be {' or '.join(map(repr, BATCH_NORM))}, got {short(batch_norm)}.")
     cost = get_cost(cost)
     granularity = model.config.granularity
     check_granularity(method, granularity, search_activations)
@@ -140,6 +148,7 @@ def search(
         accelerator or Accelerator(),
         on_step,
         resume_from,
+        batch_norm,
     )
     with torch.enable_grad():
         found = METHODS[method](task, **options)

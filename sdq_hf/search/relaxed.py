@@ -134,7 +134,7 @@ def _relaxed(task: Task, relaxation: Relaxation) -> list[Strategy]:
             members = [layers[layer] for layer in unit.layers]
             mixtures[name] = Mixture(members, rungs, relaxation.start(len(rungs)), relaxation.shares)
         try:
-            with searching(task.model, task.weight_lr > 0, task.copied(teacher)) as parameters:
+            with searching(task.model, task.weight_lr > 0, task.copied(teacher), task.batch_norm) as parameters:
                 for mixture in mixtures.values():
                     mixture.attach()
                 _train(task, relaxation, mixtures, Training(task, parameters), teacher, data, budget)

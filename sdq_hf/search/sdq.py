@@ -57,7 +57,7 @@ def _descend(task: Task, update: TwoSided | Paper) -> list[Strategy]:
     teacher = task.float_network()
     weights, inputs = StochasticWeights(model, descent, trained=trained), StochasticInputs(model, descent)
     try:
-        with searching(model, trained, task.copied(teacher)) as parameters:
+        with searching(model, trained, task.copied(teacher), task.batch_norm) as parameters:
             training = Training(task, parameters)
             if resume_from is not None:
                 training.load(tensors)

@@ -163,7 +163,7 @@ def probing(task: Task, images: int) -> Iterator[Loss]:
         return mean.item()
 
     try:
-        with searching(model):
+        with searching(model, batch_norm=task.batch_norm):
             with torch.no_grad(), task.accelerator.autocast():
                 targets = [logits_of(teacher(batch)) for batch in batches]
             task.log.batches += len(batches)

@@ -179,13 +179,16 @@ def _gradient(gate: Tensor) -> Tensor:
 
 @contextmanager
 def searching(
-    model: nn.Module, trained: bool = False, original: Mapping[str, Tensor] | None = None
+    model: nn.Module,
+    trained: bool = False,
+    original: Mapping[str, Tensor] | None = None,
+    batch_norm: str = "batch",
 ) -> Iterator[list[nn.Parameter]]:
-    """Inside, batch norm uses the batch's statistics and all else is in eval mode; gives the parameters that take a gradient.
+    """Inside, all is in eval mode, but that batch norm uses the batch's statistics; gives the parameters to be trained.
 
     Those are none, or with `trained` all but the weights' scales, which the search sets itself. Afterwards modes, gradient
     flags, parameters and running statistics are what they were. `original`: the model's state, where there is a copy of it
-    already; it saves another one.
+    already; it saves another one. `batch_norm`: "running" leaves that in eval mode too.
     """
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
@@ -206,7 +209,7 @@ def searching(
             quantizer.compact = not checkpointed
         with modes_restored(model):
             model.eval()
-            for norm in norms:
+            for norm in norms if batch_norm == "batch" else []:
                 norm.training, norm.momentum = True, 0.0
             yield [parameter for parameter in flags if parameter.requires_grad]
     finally:

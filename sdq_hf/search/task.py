@@ -78,6 +78,7 @@ class Task:
     accelerator: Accelerator
     on_step: Callable[[SearchState], None] | None
     resume_from: Mapping[str, Any] | None
+    batch_norm: str = "batch"
 
     def batches(self, start: int = 0) -> Iterator[Batch]:
         """The batches of `data` again and again, from batch number `start` on, with their images alone.

@@ -41,10 +41,10 @@ def planted():
     return model
 
 
-def task_of(model, budgets, cost="bits", data=None, seed=0):
+def task_of(model, budgets, cost="bits", data=None, seed=0, batch_norm="batch"):
     descent = Descent(model.strategy, COSTS[cost], budgets, model.config.candidates)
-    accelerator = Accelerator(cpu=True)
-    return Task(model, descent, data or Images(), None, seed, 0.0, 10_000, SearchLog(), accelerator, None, None)
+    more = (SearchLog(), Accelerator(cpu=True), None, None, batch_norm)
+    return Task(model, descent, data or Images(), None, seed, 0.0, 10_000, *more)
 
 
 def quantized(layer, bits):
@@ -53,7 +53,7 @@ def quantized(layer, bits):
 
 
 @torch.no_grad()
-def plain_kl(model, bits, batches, known=None):
+def plain_kl(model, bits, batches, known=None, training=True):
     """KL to the float network with the layers of `bits` quantized and the other searched ones in float, by plain torch.
 
     known: a dict that keeps what many calls with the same model and batches have in common.
@@ -69,7 +69,7 @@ def plain_kl(model, bits, batches, known=None):
         if place not in known:
             known[place] = quantized(layer, bits[name]) if name in bits else layer.weight.detach()
         layer.weight_source = lambda _, weight=known[place]: weight
-    network.train()
+    network.train(training)
     total = count = 0
     for batch, p in zip(batches, known["targets"], strict=True):
         logits = network(batch["pixel_values"]).logits.double()
@@ -127,6 +127,15 @@ def test_measured_losses_are_those_of_a_plain_loop(planted):
         assert pair == pytest.approx(truth if cross else 0, rel=0.01, abs=1e-5)
     assert np.array_equal(matrix, matrix.T)
     assert all(layer.weight_source is None for layer in planted.quantized_layers().values())
+
+
+def test_they_may_be_those_with_running_statistics(planted):
+    batches = [{"pixel_values": batch["pixel_values"] + 1} for batch in Images().batches[:2]]
+    with probing(task_of(planted, [2.0], data=batches, batch_norm="running"), 64) as loss:
+        for bits in ({}, {FEW[0]: 1, FEW[3]: 2}):
+            expected = plain_kl(planted, bits, batches, training=False)
+            assert loss(bits) == pytest.approx(expected, rel=1e-3, abs=1e-6)
+            assert abs(expected - plain_kl(planted, bits, batches)) > 0.1 * expected
 
 
 def test_hessian_traces_are_those_of_the_whole_hessian(planted):

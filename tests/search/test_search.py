@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 
 from sdq_hf import SDQForImageClassification
 from sdq_hf.costs import COSTS
+from sdq_hf.quantizers.stochastic import draw
 from sdq_hf.quantizers.weight import best_scale, fake_quantize
 from sdq_hf.search import BudgetError, SearchLog, search
 from sdq_hf.search.descent import Descent
@@ -285,6 +287,40 @@ def test_the_backward_pass_is_left_one_copy_of_a_layers_weights(granularity):
     weights.clear()
 
 
+@pytest.mark.parametrize("batch_norm", ["batch", "running"])
+def test_batch_norm_has_the_statistics_that_are_asked_for(planted, batch_norm):
+    """The loss of the first batch is that of the network in that mode, at the bits drawn."""
+    model, images, seen = copy.deepcopy(planted), Images().batches[0]["pixel_values"][:5] + 1, []
+    model.calibrate([images])
+    before = copy.deepcopy(model.state_dict())
+    options = {"weight_lr": 0.0, "start_bits": 3, "accelerator": Accelerator(cpu=True), "on_step": seen.append}
+    with pytest.raises(BudgetError):
+        search(model, [images], [2.0], batch_norm=batch_norm, max_batches=1, **options)
+    fixed, names = copy.deepcopy(model).eval(), model.strategy.searchable
+    uniform = draw(0, 0, len(names)).tolist()
+    fixed.set_strategy({name: 3 if u < 0.5 else 2 for name, u in zip(names, uniform, strict=True)})
+    for module in fixed.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.training = batch_norm == "batch"
+    with torch.no_grad():
+        target, output = model.float_twin().eval()(images), fixed(images).logits
+    kl = F.kl_div(output.log_softmax(-1), target.log_softmax(-1), reduction="batchmean", log_target=True)
+    assert seen[0].loss == pytest.approx(kl.item(), rel=1e-3)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("batch_norm", ["batch", "running"])
+def test_so_it_has_in_the_relaxed_searches(planted, batch_norm):
+    model, modes = copy.deepcopy(planted), set()
+
+    def look(state):
+        modes.update(module.training for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d))
+
+    options = {"batches": 2, "accelerator": Accelerator(cpu=True), "on_step": look}
+    search(model, Images(), [3.0], method="fracbits", batch_norm=batch_norm, **options)
+    assert modes == {batch_norm == "batch"}
+
+
 def test_weights_follow_the_search_and_frozen_ones_give_another_answer(planted):
     """With a teacher that the float weights are far from, training along lowers the loss."""
     model = copy.deepcopy(planted)
@@ -330,6 +366,8 @@ def test_wrong_arguments_are_named(planted):
     for rate in (-1, float("nan"), float("inf"), "0.1", None):
         with pytest.raises(ValueError, match="weight_lr must be a number of at least 0"):
             search(planted, Images(), [2.0], weight_lr=rate)
+    with pytest.raises(ValueError, match="batch_norm must be 'batch' or 'running', got 'eval'"):
+        search(planted, Images(), [2.0], batch_norm="eval")
 
 
 def test_numbers_of_numpy_are_numbers(planted):
