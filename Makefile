@@ -3,10 +3,10 @@ PYTHON ?= python3
 BIN = .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check style test-lowest bench peers pretrained transfer luts
+.PHONY: help demo test check style test-lowest bench peers pretrained pretrained-search transfer luts
 
 help:  ## List the targets.
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear .venv
@@ -75,6 +75,9 @@ peers: .venv-peers/installed  ## Train the same network with other tools too, ab
 
 pretrained: .venv-pretrained/installed  ## Quantize real pretrained weights to 8, 6 and 4 bits without training, about 5 minutes.
 	.venv-pretrained/bin/python scripts/study_pretrained.py --out docs/results/pretrained.json
+
+pretrained-search: .venv-pretrained/installed  ## Search bits for them, without training too, an hour or two; may be stopped.
+	OMP_NUM_THREADS=1 .venv-pretrained/bin/python scripts/study_pretrained_search.py
 
 # The numbers depend on the version of yosys; a simulator of the system, iverilog, makes the tests fast.
 luts: .venv/installed  ## Synthesise the dot-product unit at all bits for the table of LUTs, 1 to 2 hours; may be stopped.

@@ -30,6 +30,7 @@ import study_landscape  # noqa: E402
 import study_peers  # noqa: E402
 import study_planted  # noqa: E402
 import study_pretrained  # noqa: E402
+import study_pretrained_search  # noqa: E402
 import study_quantizers  # noqa: E402
 import study_search  # noqa: E402
 import study_signal  # noqa: E402
@@ -59,6 +60,7 @@ TABLES: dict[str, Callable[[list[Any]], str]] = {
     "networks": lambda files: sweep_timm.table(files[0]),
     "integers": lambda files: sweep_timm.integers_table(files[0]),
     "pretrained": lambda files: study_pretrained.table(files[0]["cells"]),
+    "pretrained_search": lambda files: study_pretrained_search.table(files[0]["cells"]),
     "exports": lambda files: verify_exports.table(files[0]["cells"]),
     "profiles": lambda files: verify_exports.profiles(files[0]["cells"]),
     "hls": lambda files: verify_hls.table(files[0]["rows"]),

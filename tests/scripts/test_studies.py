@@ -26,6 +26,7 @@ import study_bins  # noqa: E402
 import study_landscape  # noqa: E402
 import study_peers  # noqa: E402
 import study_planted  # noqa: E402
+import study_pretrained_search  # noqa: E402
 import study_search  # noqa: E402
 import study_signal  # noqa: E402
 import study_stability  # noqa: E402
@@ -367,3 +368,48 @@ def test_a_transfer_study_starts_from_the_weights_of_its_file(study, runs, emoji
     assert len(log["strategies"]) == 2
     assert cells[2]["search_images"] == log["backward_images"] > 0
     assert "| two_sided at 3 bits' BitOPs | 8 | layer | 1 |" in printed
+
+
+def test_bits_of_pretrained_weights_are_judged_by_the_other_half(tmp_path, monkeypatch, capsys):
+    """With random weights and images in place of those of the packages."""
+    torch.manual_seed(0)
+    network = timm.create_model(study_pretrained_search.ARCHITECTURE).eval()
+    images = torch.randn(4, 5, 3, 32, 32)
+    monkeypatch.setattr(study_pretrained_search, "pretrained_network", lambda: network)
+    monkeypatch.setattr(study_pretrained_search, "photographs", lambda: range(4))
+    monkeypatch.setattr(study_pretrained_search, "crops", lambda number: images[number])
+    out = tmp_path / "found.json"
+    command = ["study", "--methods", "uniform", "--targets", "6", "4", "--halves", "1", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", command)
+    study_pretrained_search.main()
+    printed, cells = capsys.readouterr().out, json.loads(out.read_text())["cells"]
+    places = [(cell["method"], cell["target"], cell["half"]) for cell in cells]
+    assert places == [("uniform", 6, 1), ("uniform", 4, 1)]
+    model = SDQForImageClassification.from_float(network, study_pretrained_search.ARCHITECTURE, activation_bits=8)
+    model.set_strategy(4)
+    model.calibrate([images[::2].flatten(0, 1)])
+    with torch.no_grad():
+        output, target = (net(images[1::2].flatten(0, 1)) for net in (model.eval(), network))
+    output, target = output.logits.double().log_softmax(-1), target.double().log_softmax(-1)
+    kl = (target.exp() * (target - output)).sum(-1).mean().item()
+    same = (output.argmax(-1) == target.argmax(-1)).sum().item()
+    assert cells[1]["kl"] == pytest.approx(kl, rel=1e-3)
+    assert (cells[1]["same"], cells[1]["views"]) == (same, 10)
+    assert f"| layer | 4 average bits | uniform | {kl:.3f} | {same} of 10" in printed
+    # What is there is not made again.
+    monkeypatch.setattr(study_pretrained_search, "search", None)
+    study_pretrained_search.main()
+    assert json.loads(out.read_text())["cells"] == cells
+
+
+def test_crops_are_seen_in_another_order_in_each_epoch():
+    images = torch.arange(5.0).view(5, 1, 1, 1) + torch.tensor([0.0, 0.5])
+    batches = study_pretrained_search.Crops(images, 2)
+    first, again = list(batches), list(batches)
+    batches.set_epoch(1)
+    second = list(batches)
+    assert all(map(torch.equal, first, again))
+    values = [torch.cat([batch[:, 0, 0].floor().amax(1) for batch in epoch]) for epoch in (first, second)]
+    assert not torch.equal(*values)
+    assert all(torch.equal(v.sort().values, torch.arange(5.0)) for v in values)
+    assert [batch[0, 0, 0, 0] % 1 for batch in first] == [0, 0.5, 0]
