@@ -77,7 +77,7 @@ pretrained: .venv-pretrained/installed  ## Quantize real pretrained weights to 8
 	.venv-pretrained/bin/python scripts/study_pretrained.py --out docs/results/pretrained.json
 
 pretrained-search: .venv-pretrained/installed  ## Search bits for them, without training too, an hour or two; may be stopped.
-	OMP_NUM_THREADS=1 .venv-pretrained/bin/python scripts/study_pretrained_search.py
+	OMP_NUM_THREADS=1 .venv-pretrained/bin/python scripts/study_pretrained_search.py $(ARGS)
 
 # The numbers depend on the version of yosys; a simulator of the system, iverilog, makes the tests fast.
 luts: .venv/installed  ## Synthesise the dot-product unit at all bits for the table of LUTs, 1 to 2 hours; may be stopped.

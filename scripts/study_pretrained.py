@@ -127,15 +127,20 @@ def measure(network: nn.Module, cell: dict[str, Any], views: Tensor, target: Ten
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder, print_size=False)
         size = weight_file_bytes(folder)
-    same = logits.argmax(-1) == target.argmax(-1)
+    centre = nearness(logits[:, -1:], target[:, -1:])
     return {
         "bytes": size,
-        "centre": int(same[:, -1].sum()),
-        "photographs": len(views),
-        "same": int(same.sum()),
-        "views": same.numel(),
-        "kl": kl_divergence(logits.flatten(0, 1), target.flatten(0, 1)).mean().item(),
+        "centre": centre["same"],
+        "photographs": centre["views"],
+        **nearness(logits, target),
     }
+
+
+def nearness(logits: Tensor, target: Tensor) -> dict[str, Any]:
+    """How often the first guess is that of `target`, of how many, and the KL divergence from it; both [N, crops, classes]."""
+    same = logits.argmax(-1) == target.argmax(-1)
+    kl = kl_divergence(logits.flatten(0, 1), target.flatten(0, 1)).mean().item()
+    return {"same": int(same.sum()), "views": same.numel(), "kl": kl}
 
 
 def table(cells: list[dict[str, Any]]) -> str:

@@ -23,22 +23,22 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from study_common import read
-from study_pretrained import ARCHITECTURE, crops, photographs, pretrained_network
+from study_pretrained import ARCHITECTURE, crops, nearness, photographs, pretrained_network
 from torch import Tensor, nn
 
 from sdq_hf import SDQForImageClassification
 from sdq_hf.costs import get_cost
 from sdq_hf.search import SearchLog, search
 from sdq_hf.strategy import Strategy
-from sdq_hf.training.losses import kl_divergence
 from sdq_hf.writing import write_json
 
-# What a method is called with beyond that. The measured ones look at each crop of a half once, not at 512 images; "hawq_40"
-# draws five times as many signs as by default.
-OPTIONS: dict[str, dict[str, Any]] = {
-    "table": {"images": 70},
-    "hawq": {"images": 70},
-    "hawq_40": {"images": 70, "probes": 40},
+# Row -> method, and what it is called with beyond that. The measured ones look at each crop of a half once, not at 512
+# images; "hawq_40" draws five times as many signs as by default.
+ROWS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: (name, {}) for name in ("two_sided", "greedy", "size", "uniform")},
+    "table": ("table", {"images": 70}),
+    "hawq": ("hawq", {"images": 70}),
+    "hawq_40": ("hawq", {"images": 70, "probes": 40}),
 }
 
 
@@ -59,7 +59,7 @@ class Crops:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--methods", nargs="+", default=["two_sided", "greedy", "size", "uniform", *OPTIONS])
+    parser.add_argument("--methods", nargs="+", default=list(ROWS), choices=list(ROWS))
     parser.add_argument("--cost", choices=["bits", "bitops"], default="bits")
     parser.add_argument("--targets", type=float, nargs="+", default=[6, 5, 4], help="budgets: the cost of so many bits")
     parser.add_argument("--scale", choices=["layer", "channel"], default="layer")
@@ -87,26 +87,26 @@ def run(options: argparse.Namespace) -> None:
             if not targets:
                 continue
             model, started = quantized(network, options.scale), time.process_time()
-            cost, log = get_cost(options.cost), SearchLog()
+            cost, log, (name, more) = get_cost(options.cost), SearchLog(), ROWS[method]
             found = search(
                 model,
                 Crops(seen, options.batch_size),
                 [cost.of_uniform(model.strategy, target) for target in targets],
                 cost,
-                method.removesuffix("_40"),
+                name,
                 start_bits=8,
                 weight_lr=0.0,
                 batch_norm="running",
                 log=log,
                 accelerator=Accelerator(cpu=True),
-                **OPTIONS.get(method, {}),
+                **more,
             )
             about = {"cpu_seconds": round(time.process_time() - started, 1), "batches": log.batches}
             for number, strategy in zip(targets, found, strict=True):
                 cell = {**key, "target": number, **judge(network, strategy, seen, views[half::2], target[half::2], key)}
                 content = read(options.out)
                 content["cells"].append({**cell, **about})
-                content["versions"] = {name: version(name) for name in ("torch", "timm")}
+                content["versions"] = {package: version(package) for package in ("torch", "timm")}
                 content["hardware"] = f"{platform.machine()}, {torch.get_num_threads()} threads"
                 write_json(options.out, content)
                 print({key: value for key, value in cell.items() if key != "bits"}, flush=True)
@@ -129,9 +129,7 @@ def judge(
     model.calibrate([seen])
     logits = torch.stack([model(batch).logits for batch in views])
     return {
-        "kl": kl_divergence(logits.flatten(0, 1), target.flatten(0, 1)).mean().item(),
-        "same": int((logits.argmax(-1) == target.argmax(-1)).sum()),
-        "views": target.shape[0] * target.shape[1],
+        **nearness(logits, target),
         "average_bits": strategy.average_bits(),
         "bitops": strategy.bitops(),
         "weight_bytes": strategy.weight_bytes(),
