@@ -1,12 +1,13 @@
 """verify_hls.py on a network of three layers: measured once, and not again."""
 
-import importlib.util
 import json
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.load import load_script
 
 from .test_lower import profile_of
 
@@ -15,9 +16,7 @@ if shutil.which("g++") is None:
     pytest.skip("There is no g++.", allow_module_level=True)
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "verify_hls.py"
-spec = importlib.util.spec_from_file_location("verify_hls", SCRIPT)
-verify_hls = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(verify_hls)
+verify_hls = load_script("verify_hls")
 
 
 def test_a_network_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):

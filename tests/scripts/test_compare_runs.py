@@ -1,12 +1,11 @@
 """Mean and spread over runs, against numbers worked out by hand."""
 
-import importlib.util
 from pathlib import Path
 
+from tests.load import load_script
+
 SCRIPT = Path(__file__).parents[2] / "scripts" / "compare_runs.py"
-spec = importlib.util.spec_from_file_location("compare_runs", SCRIPT)
-compare_runs = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(compare_runs)
+compare_runs = load_script("compare_runs")
 
 
 def row(name, top1, kl):

@@ -1,19 +1,17 @@
 """A small, seeded part of `scripts/fuzz_checkpoints.py`."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
+
+from tests.load import load_script
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "fuzz_checkpoints.py"
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("fuzz_checkpoints", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("fuzz_checkpoints")
 
 
 def test_mutated_models_load_or_end_in_one_clear_error(script, tmp_path):

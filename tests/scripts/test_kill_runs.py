@@ -1,6 +1,5 @@
 """A few kills by `scripts/kill_runs.py`, and whether it would see a difference."""
 
-import importlib.util
 import json
 import os
 import shutil
@@ -8,14 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.load import load_script
+
 SCRIPT = Path(__file__).parents[2] / "scripts" / "kill_runs.py"
-
-
-def load_script():
-    spec = importlib.util.spec_from_file_location("kill_runs", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_killed_runs_leave_what_one_leaves_that_was_not_killed(tmp_path):
@@ -37,7 +31,7 @@ def test_killed_runs_leave_what_one_leaves_that_was_not_killed(tmp_path):
     assert result["kinds"].keys() == {"time", "step", "write"}
     assert sum(result["kinds"].values()) == sum(result["phases"].values()) == result["kills"]
     # What it compares by: another weight, another metric, a file left over.
-    script = load_script()
+    script = load_script("kill_runs")
     whole = script.contents(tmp_path / "whole")
     assert script.contents(shutil.copytree(tmp_path / "run-0", tmp_path / "copy")) == whole
     weights = tmp_path / "copy" / "models" / "sdq-bits-3" / "model.safetensors"

@@ -1,14 +1,13 @@
 """mutate.py makes every change it announces, one at a time, and tells a test that notices from one that does not."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
 
+from tests.load import load_script
+
 SCRIPT = Path(__file__).parents[2] / "scripts" / "mutate.py"
-spec = importlib.util.spec_from_file_location("mutate", SCRIPT)
-mutate = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(mutate)
+mutate = load_script("mutate")
 
 
 def results(source, *arguments):

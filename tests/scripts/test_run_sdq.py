@@ -1,6 +1,5 @@
 """`run_sdq.py` on a small data set that can be learned: what it leaves, Ctrl-C and resuming, wrong options."""
 
-import importlib.util
 import io
 import json
 import os
@@ -31,6 +30,7 @@ from sdq_hf.hub.publish import revision_of
 from sdq_hf.training.arguments import parse_arguments
 from sdq_hf.training.interrupt import Interrupt
 from tests.hub_server import HubServer, patch_client
+from tests.load import load_script
 from tests.stopper import Stopper
 
 # The Hub client's own use of a deprecated argument when it uploads large files.
@@ -40,14 +40,7 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "run_sdq.py"
 SIZE, CLASSES = 16, 4
 
 
-def load_script():
-    spec = importlib.util.spec_from_file_location("run_sdq", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-main = load_script().main
+main = load_script("run_sdq").main
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,5 @@
 """`to_hardware.py` on a model of the small data set of the other run tests."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -21,6 +20,7 @@ from sdq_hf.training.data import load_image_data
 from sdq_hf.training.evaluation import evaluate
 from sdq_hf.training.loaders import build_loaders
 from tests.hub_server import HubServer, patch_client
+from tests.load import load_script
 from tests.test_hardware_profile import trained_looks
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=.*:DeprecationWarning")
@@ -30,10 +30,7 @@ SIZE, CLASSES = 16, 4
 
 @pytest.fixture(scope="module")
 def main():
-    spec = importlib.util.spec_from_file_location("to_hardware", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+    return load_script("to_hardware").main
 
 
 @pytest.fixture(scope="module")

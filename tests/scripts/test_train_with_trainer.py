@@ -1,6 +1,5 @@
 """Wrong input of `train_with_trainer.py`; `tests/training/test_trainer.py` trains with it."""
 
-import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from sdq_hf import SDQForImageClassification
+from tests.load import load_script
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "train_with_trainer.py"
 NAMES = ["ant", "bee"]
@@ -18,10 +18,7 @@ NAMES = ["ant", "bee"]
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("train_with_trainer", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("train_with_trainer")
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """transformers' Trainer and evaluate's evaluator on SDQ models."""
 
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +21,7 @@ from sdq_hf.training.metrics import Accuracy, TopKEvaluator, compute_metrics
 from sdq_hf.training.optim import OptimizerArguments, create_optimizer
 from sdq_hf.training.trainer import QATCallback
 from tests.hub_server import HubServer, patch_client
+from tests.load import load_script
 from tests.test_modeling_sdq import create, images, logits
 
 pytestmark = [
@@ -213,9 +213,7 @@ def test_the_example_script_distils_resumes_and_reports(tmp_path, capsys, stream
     model.save_pretrained(tmp_path / "model", print_size=False)
     save_file(model.float_twin().state_dict(), tmp_path / "teacher.safetensors")
     script = Path(__file__).parents[2] / "scripts" / "train_with_trainer.py"
-    spec = importlib.util.spec_from_file_location("train_with_trainer", script)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script("train_with_trainer")
     command = ["--model", str(tmp_path / "model"), "--output_dir", str(tmp_path / "out")]
     command += ["--teacher", str(tmp_path / "teacher.safetensors"), "--max_samples", "32", "--use_cpu", "true"]
     if streaming:
