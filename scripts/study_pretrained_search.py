@@ -2,10 +2,11 @@
 
     make pretrained-search
 
-The network, its ImageNet weights and the photographs are those of study_pretrained.py. One half of the photographs, five
-crops each, is searched with and calibrates activations of 8 bits; the network at the bits found is judged by the other half,
-and the other way round. All searches start at 8 bits; one descent serves all budgets. As nothing is trained afterwards, SDQ's
-search leaves the weights as they are (`weight_lr=0`), and batch norm has its running statistics (`batch_norm="running"`).
+The photographs are those of study_pretrained.py, and so is the network with its ImageNet weights, unless `--network` asks for
+another one. One half of the photographs, five crops each, is searched with and calibrates activations of 8 bits; the network
+at the bits found is judged by the other half, and the other way round. All searches start at 8 bits; one descent serves all
+budgets. As nothing is trained afterwards, SDQ's search leaves the weights as they are (`weight_lr=0`), and batch norm has its
+running statistics (`batch_norm="running"`).
 
 Measured is the KL divergence from the float network, and how often the first guess is the float network's. The photographs
 are few, and say nothing about accuracy on ImageNet.
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from study_common import read
-from study_pretrained import ARCHITECTURE, crops, nearness, photographs, pretrained_network
+from study_pretrained import ARCHITECTURE, PACKAGES, crops, nearness, photographs, pretrained_network
 from torch import Tensor, nn
 
 from sdq_hf import SDQForImageClassification
@@ -59,6 +60,7 @@ class Crops:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--network", default=ARCHITECTURE, choices=list(PACKAGES))
     parser.add_argument("--methods", nargs="+", default=list(ROWS), choices=list(ROWS))
     parser.add_argument("--cost", choices=["bits", "bitops"], default="bits")
     parser.add_argument("--targets", type=float, nargs="+", default=[6, 5, 4], help="budgets: the cost of so many bits")
@@ -74,19 +76,25 @@ def main() -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    network = pretrained_network()
-    views = torch.stack([crops(path) for path in photographs()])
+    network = pretrained_network(options.network)
+    views = torch.stack([crops(path, options.network) for path in photographs()])
     with torch.no_grad():
         target = torch.stack([network(batch) for batch in views])
     for half in options.halves:
         seen = views[1 - half :: 2].flatten(0, 1)
         for method in options.methods:
-            key = {"half": half, "method": method, "cost": options.cost, "scale": options.scale}
+            key = {
+                "network": options.network,
+                "half": half,
+                "method": method,
+                "cost": options.cost,
+                "scale": options.scale,
+            }
             known = read(options.out)["cells"]
             targets = [t for t in options.targets if not any({**key, "target": t}.items() <= c.items() for c in known)]
             if not targets:
                 continue
-            model, started = quantized(network, options.scale), time.process_time()
+            model, started = quantized(network, options.network, options.scale), time.process_time()
             cost, log, (name, more) = get_cost(options.cost), SearchLog(), ROWS[method]
             found = search(
                 model,
@@ -112,8 +120,8 @@ def run(options: argparse.Namespace) -> None:
                 print({key: value for key, value in cell.items() if key != "bits"}, flush=True)
 
 
-def quantized(network: nn.Module, scale: str) -> SDQForImageClassification:
-    return SDQForImageClassification.from_float(network, ARCHITECTURE, activation_bits=8, weight_scale=scale)
+def quantized(network: nn.Module, architecture: str, scale: str) -> SDQForImageClassification:
+    return SDQForImageClassification.from_float(network, architecture, activation_bits=8, weight_scale=scale)
 
 
 @torch.no_grad()
@@ -124,7 +132,7 @@ def judge(
 
     seen: [M, 3, H, W]; views: [N, 5, 3, H, W]; target: [N, 5, classes].
     """
-    model = quantized(network, key["scale"]).eval()
+    model = quantized(network, key["network"], key["scale"]).eval()
     model.set_strategy(strategy)
     model.calibrate([seen])
     logits = torch.stack([model(batch).logits for batch in views])
@@ -140,24 +148,28 @@ def judge(
 def table(cells: list[dict[str, Any]]) -> str:
     """Markdown: KL divergence and first guesses of each method at each budget, for both halves."""
     lines = [
-        "| a scale for each | budget | search | KL, nats | same top-1, of both halves | average bits | CPU s |",
-        "|---|---|---|---|---|---|---|",
+        "| network | a scale for each | budget | search | KL, nats | same top-1, of both halves | average bits | CPU s |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for cell in cells:
-        groups.setdefault((cell["scale"], cell["cost"], -cell["target"], cell["method"]), []).append(cell)
+        groups.setdefault((cell["network"], cell["scale"], cell["cost"], -cell["target"], cell["method"]), []).append(
+            cell
+        )
     ranked = sorted(
-        groups.items(), key=lambda g: (g[0][0] == "channel", *g[0][1:3], statistics.fmean(c["kl"] for c in g[1]))
+        groups.items(),
+        key=lambda g: (g[0][0], g[0][1] == "channel", *g[0][2:4], statistics.fmean(c["kl"] for c in g[1])),
     )
-    for (scale, cost, target, method), members in ranked:
+    for (network, scale, cost, target, method), members in ranked:
         members = sorted(members, key=lambda cell: cell["half"])
         same, of = (sum(cell[key] for cell in members) for key in ("same", "views"))
         unit = "average bits" if cost == "bits" else "bits' BitOPs"
         average, seconds = (statistics.fmean(cell[key] for cell in members) for key in ("average_bits", "cpu_seconds"))
         kl = ", ".join(f"{cell['kl']:.3f}" for cell in members)
+        name = network.removeprefix("tf_efficientnet_")
         lines.append(
-            f"| {scale} | {-target:g} {unit} | {method} | {kl} | {same} of {of} ({same / of:.1%}) | {average:.2f} | "
-            f"{seconds:,.0f} |"
+            f"| {name} | {scale} | {-target:g} {unit} | {method} | {kl} | {same} of {of} ({same / of:.1%}) | "
+            f"{average:.2f} | {seconds:,.0f} |"
         )
     return "\n".join(lines)
 
