@@ -40,11 +40,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--activation_bits", type=int, default=4, help="32: float")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--teacher_epochs", type=int, default=15)
-    parser.add_argument("--epochs", type=float, default=4, help="of the fine-tune")
+    parser.add_argument("--epochs", type=float, default=4, help="of the fine-tune; 0: networks are calibrated only")
     parser.add_argument("--lr", type=float, default=3e-3, help="of the fine-tune, at its peak")
     parser.add_argument("--freeze_bn", type=float, default=1.0, help="of the fine-tune, as in run_sdq.py")
     parser.add_argument("--weight_scale", choices=["layer", "channel"], default="layer")
     parser.add_argument("--batch_size", type=int, help="of all training but the search; default: that of run_sdq.py")
+    parser.add_argument("--start_bits", type=int, help="of searches, as in run_sdq.py")
     parser.add_argument("--search_batch_size", type=int, default=64)
     parser.add_argument("--max_search_batches", type=int, default=20_000)
     parser.add_argument("--max_train_samples", type=int)
@@ -106,6 +107,8 @@ def work(
                     "search_batch_size",
                     "teacher_epochs",
                     "mixed_precision",
+                    "weight_scale",
+                    "start_bits",
                 )
             },
             "images": {name: len(split) for name, split in run.data.splits.items()},
@@ -129,7 +132,11 @@ def open_run(options: argparse.Namespace, seed: int, change: Callable[[nn.Module
         "max_search_batches": options.max_search_batches,
         "lr": options.lr,
         "freeze_bn": options.freeze_bn,
+        "start_bits": options.start_bits,
     }
+    if not options.epochs:
+        # Searches then look at the network as it is.
+        own["epochs"] = 0
     part = run_name(options, seed, options.out, options.shard.replace("/", "of"))
     run = Run(_arguments(options, seed, options.runs / part, own), Interrupt())
     if change is not None and not (run.folder / "teacher").exists():

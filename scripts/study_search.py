@@ -11,6 +11,8 @@ What a search that trains (SDQ, fracbits, edmips) has looked at is taken off its
 leaves 3.75 epochs of 4. The measured rivals get all epochs, whatever their passes cost. The epoch that is kept is chosen on
 the validation split, held out of train; the test split is read once for each cell, and nothing is chosen by it.
 
+With `--epochs 0` nothing is trained: searches look at the network as it is, and it is calibrated at the bits they find.
+
 "two_sided_activations" is SDQ that finds the bits of inputs too, where the others leave them at --activation_bits, and
 "two_sided_frozen" SDQ whose weights stay what they are while it searches.
 
@@ -92,10 +94,10 @@ def measure(options: argparse.Namespace, run: Run, cell: Mapping[str, Any]) -> C
         (strategy,), seconds, log = run.search_one(name, [budget], cost, search)
     except BudgetError as error:
         return {"error": str(error)}
-    # What a search that trains has looked at is taken off its fine-tune.
+    # What a search that trains has looked at is taken off its fine-tune, where there is one.
     searched = log.backward_images / len(run.data.splits["train"]) if search in TRAINED else 0.0
-    epochs = round(options.epochs - searched, 2)
-    if epochs <= 0:
+    epochs = round(options.epochs - searched, 2) if options.epochs else 0.0
+    if options.epochs and epochs <= 0:
         return {"error": f"the search took {searched:.1f} epochs, and {options.epochs} were to be had"}
     about = {"method": method, "cost": cost, "budget": budget, "seconds": seconds}
     return {

@@ -146,13 +146,15 @@ def _of_run(run: RunFacts, repo_id: str) -> dict[str, Any]:
         if row["name"] == run.name:
             label = f"**{label}** (this model)"
         rows.append({**row, "label": label, "bitops_text": bitops_text(row["bitops"])})
-    share, steps = run.row["top1"] / 100, arguments.get("max_steps")
-    length = f"{steps} updates" if steps else f"{arguments['epochs']:g} epochs"
+    share = run.row["top1"] / 100
     return {
         "rows": rows,
         "dataset": data["name"],
         "test_images": data["test_images"],
-        "training": f"{length} of fine-tuning on {data.get('train_images', 'streamed')} images",
+        "length": _length(arguments),
+        "float_origin": _float_origin(arguments),
+        "train_images": data.get("train_images", "streamed"),
+        "kd": arguments["kd"],
         "seed": arguments["seed"],
         "standard_error": 100 * math.sqrt(share * (1 - share) / data["test_images"]),
         "command": results["command"],
@@ -160,6 +162,23 @@ def _of_run(run: RunFacts, repo_id: str) -> dict[str, Any]:
         "processes": results["processes"],
         "versions": results["versions"],
     }
+
+
+def _length(arguments: Mapping[str, Any]) -> str:
+    """How long the fine-tune of a run was; empty where there was none."""
+    steps, epochs = arguments.get("max_steps"), arguments["epochs"]
+    return f"{steps} updates" if steps else f"{epochs:g} epochs" if epochs else ""
+
+
+def _float_origin(arguments: Mapping[str, Any]) -> str:
+    """Where a run's float network came from, if not from the Hub; goes on from "The float network"."""
+    given = arguments.get("checkpoint") or arguments.get("pretrained_path")
+    if not given:
+        return "was trained from scratch in the same run"
+    file = f"the file `{Path(given).name}`"
+    if arguments.get("checkpoint") and not arguments.get("teacher_epochs"):
+        return f"was given to the run that quantized it, in {file}"
+    return f"was trained in the same run, from the weights in {file}"
 
 
 def with_tags(own: Iterable[str], more: str | Iterable[str]) -> list[str]:

@@ -150,15 +150,17 @@ class SearchArguments:
     search_batch_size: int | None = _option(
         None, "Images per batch and process of the search; default: --batch_size.", POSITIVE
     )
-    search_weight_lr: float = _option(
-        3e-4, "Learning rate of weights that follow the search; 0: they stay frozen.", NOT_NEGATIVE
+    search_weight_lr: float | None = _option(
+        None,
+        "Learning rate of weights that follow the search; 0: they stay frozen. Default: 3e-4, or 0 without a fine-tune.",
+        NOT_NEGATIVE,
     )
     max_search_batches: int = _option(20_000, "Give up a search after so many batches.", POSITIVE)
 
 
 @dataclass
 class FinetuneArguments(OptimizerArguments):
-    """Phase 2: training at fixed bits, with distillation and bin regularization."""
+    """Phase 2: training at fixed bits, with distillation and bin regularization. --epochs 0: calibration in its place."""
 
     kd: bool = _option(True, "Distillation: learn from the teacher's outputs alone; false: from the labels alone.")
     kd_teacher: str | None = _option(None, "timm model that teaches; default: the full-precision network itself.")
@@ -177,6 +179,11 @@ class FinetuneArguments(OptimizerArguments):
         "between these and the running ones. 0: none.",
         NOT_NEGATIVE,
     )
+
+    @property
+    def trains(self) -> bool:
+        """Whether there is a fine-tune; with `--epochs 0` the network is calibrated only."""
+        return bool(self.max_steps or self.epochs)
 
 
 @dataclass
@@ -394,10 +401,9 @@ def _check(arguments: Arguments) -> None:
             raise ArgumentError(f"--budgets: {error}") from None
     _check_methods(search, arguments.model.granularity)
     teacher = arguments.teacher
-    if not tune.epochs:
-        raise ArgumentError(f"--epochs must be above 0, got {tune.epochs}")
-    if data.streaming and (tune.max_steps is None or teacher.teacher_epochs):
-        option = "max_steps" if tune.max_steps is None else "teacher_max_steps"
+    needs_steps = tune.max_steps is None and tune.trains
+    if data.streaming and (needs_steps or teacher.teacher_epochs):
+        option = "max_steps" if needs_steps else "teacher_max_steps"
         raise ArgumentError(
             f"--streaming: nobody knows how long an epoch of a stream is: give --{option} instead of "
             f"--{option.replace('max_steps', 'epochs')}"

@@ -26,7 +26,7 @@ from ..backbones import create_backbone, hub_id, normalisation, set_grad_checkpo
 from ..costs import Cost, get_cost
 from ..layers import input_quantizers
 from ..modeling_sdq import SDQForImageClassification
-from ..search import SDQ_METHODS, SearchLog, SearchState, search
+from ..search import SDQ_METHODS, WEIGHT_LR, SearchLog, SearchState, search
 from ..search.descent import Descent
 from ..search.units import input_units, layer_units
 from ..strategy import Strategy, bits_text
@@ -43,7 +43,7 @@ from .arguments import (
 from .checkpoints import Checkpoints, load_json, load_tensors
 from .data import ImageData, load_image_data
 from .evaluation import evaluate, logits_of
-from .fit import LossFunction, fit, recalibrate
+from .fit import FitState, LossFunction, fit, recalibrate
 from .interrupt import Interrupt, Interrupted
 from .loaders import build_loaders, build_mixup
 from .losses import DivergedError, distillation, ramp, total_bin_regularization
@@ -448,6 +448,10 @@ class Run:
             if stop:
                 self.interrupt.stop()
 
+        # Without a fine-tune the bits are for the network as it is: its weights, and the statistics of its batch norms.
+        trains, weight_lr = self.arguments.finetune.trains, options.search_weight_lr
+        if weight_lr is None:
+            weight_lr = WEIGHT_LR if trains else 0.0
         set_seed(run.seed)
         strategies = search(
             self.base,
@@ -459,7 +463,8 @@ class Run:
             start_bits=options.start_bits,
             floors=bits_by_pattern(options.floors, "floors"),
             search_activations=options.search_activations and method == options.search,
-            weight_lr=options.search_weight_lr,
+            weight_lr=weight_lr,
+            batch_norm="batch" if trains else "running",
             max_batches=options.max_search_batches,
             log=log,
             accelerator=self.accelerator,
@@ -482,7 +487,7 @@ class Run:
         return strategies, seconds, log
 
     def finetune(self, entries: list[dict[str, Any]]) -> None:
-        """Train the network at the bits of each strategy; save it packed, load it back and compare."""
+        """Train, or without a fine-tune calibrate, the network at the bits of each strategy; save it packed, load it back."""
         for entry in entries:
             name, record = entry["name"], self.folder / "finetune" / f"{entry['name']}.json"
             if record.exists() and (self.folder / "models" / name).exists():
@@ -497,6 +502,8 @@ class Run:
     ) -> SDQForImageClassification:
         """Train the network at the bits of `strategy` and leave a packed model; `options`: default those of the run.
 
+        With 0 epochs it is calibrated only, and its batch norm statistics are gathered anew where that helps.
+
         Returns the model with its real weights, which a packed file has no more.
         """
         from ..hub.plots import plot_weights
@@ -504,41 +511,33 @@ class Run:
         record = self.folder / "finetune" / f"{name}.json"
         self.interrupt.check(self.accelerator)
         options = options or self.arguments.finetune
-        data, loaders = self.arguments.data, self.loaders()
+        loaders = self.loaders()
         set_seed(self.arguments.run.seed)
         model = self.quantize(self.network)
         model.set_strategy(strategy)
         self._calibrate(model)
         teacher = self._kd_teacher(options) if options.kd else None
-        labels_loss = _loss_of_labels(data, len(self.data.label_names))
-        task_loss = labels_loss if teacher is None else self.distillation_loss(teacher)
         # An epoch is judged by what the training aims at.
         metric = options.eval_metric or ("loss" if teacher is None else "kl")
         reference = (teacher or self.network) if metric == "kl" else None
-
-        def loss(student: nn.Module, images: Tensor, labels: Tensor, progress: float) -> Tensor:
-            total = task_loss(student, images, labels, progress)
-            if options.ebr_weight > 0:
-                total = total + options.ebr_weight * ramp(progress) * total_bin_regularization(model)
-            return total
-
-        average = strategy.average_bits()
         checkpoint_dir = record.parent / name
-        state = fit(
-            model,
-            loss,
-            loaders,
-            options,
-            self.accelerator,
-            checkpoint_dir,
-            name=name,
-            model_ema=options.model_ema,
-            model_ema_decay=options.model_ema_decay,
-            eval_metric=metric,
-            reference=reference,
-            **self._checkpointing(),
-            note=lambda: {"bits": average},
-        )
+        state = FitState()
+        if options.trains:
+            state = fit(
+                model,
+                self._finetune_loss(model, teacher, options.ebr_weight),
+                loaders,
+                options,
+                self.accelerator,
+                checkpoint_dir,
+                name=name,
+                model_ema=options.model_ema,
+                model_ema_decay=options.model_ema_decay,
+                eval_metric=metric,
+                reference=reference,
+                **self._checkpointing(),
+                note=lambda: {"bits": strategy.average_bits()},
+            )
         recalibrate(model, loaders, self.accelerator, options.bn_batches, reference)
         metrics = evaluate(model, loaders["validation"], self.accelerator, reference=self.network)
         # By all ranks: the batches of a stream are handed out by the main process, which would wait for the others.
@@ -577,6 +576,21 @@ class Run:
             # Quantizers read numbers from their state at the first use, which would break a compiled graph.
             with torch.no_grad():
                 model.eval()(torch.zeros(1, *model.config.input_size, device=model.device))
+
+    def _finetune_loss(
+        self, model: SDQForImageClassification, teacher: nn.Module | None, ebr_weight: float
+    ) -> LossFunction:
+        """That of the teacher's outputs, or without one of the labels, and bin regularization on top."""
+        labels_loss = _loss_of_labels(self.arguments.data, len(self.data.label_names))
+        task_loss = labels_loss if teacher is None else self.distillation_loss(teacher)
+
+        def loss(student: nn.Module, images: Tensor, labels: Tensor, progress: float) -> Tensor:
+            total = task_loss(student, images, labels, progress)
+            if ebr_weight > 0:
+                total = total + ebr_weight * ramp(progress) * total_bin_regularization(model)
+            return total
+
+        return loss
 
     def distillation_loss(self, teacher: nn.Module) -> LossFunction:
         """The loss of a student that learns from its teacher's outputs alone; mixed images have no label that matters."""

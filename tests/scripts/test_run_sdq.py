@@ -18,17 +18,21 @@ import timm
 import torch
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import set_seed
 from datasets import ClassLabel, Dataset, Features, Image
 from huggingface_hub import ModelCard
 from PIL import Image as PILImage
 from safetensors.torch import load_file
 
 from sdq_hf import SDQForImageClassification, Strategy
+from sdq_hf.checkpoint import DIGEST
 from sdq_hf.export.lower import integer_network
 from sdq_hf.hub.card import python_snippets
 from sdq_hf.hub.publish import revision_of
+from sdq_hf.search import SearchLog, search
 from sdq_hf.training.arguments import parse_arguments
 from sdq_hf.training.interrupt import Interrupt
+from sdq_hf.training.stages import Run
 from tests.hub_server import HubServer, patch_client
 from tests.load import load_script
 from tests.stopper import Stopper
@@ -312,6 +316,58 @@ def test_a_rival_may_be_searched_with_and_others_compared(data, tmp_path):
     assert "a table of the KL divergence" in (folder / "models" / "table-bits-3" / "README.md").read_text()
 
 
+def test_without_epochs_the_networks_own_weights_are_packed_at_bits_searched_for_them(data, finished, tmp_path):
+    """Nothing but the weights' codes and the batch norm statistics differs from the float network in its quantizers."""
+    folder, weights = tmp_path / "run", finished[0] / "teacher" / "model.safetensors"
+    given = options(
+        data,
+        folder,
+        epochs=0,
+        checkpoint=weights,
+        teacher_epochs=0,
+        target_bits="4 3",
+        target_bitops=None,
+        controls="none",
+    )
+    assert main(given) == 0
+    assert list(rows_of(folder)) == ["full precision", "sdq-bits-4", "sdq-bits-3"]
+    _forget_process()
+    run = Run(parse_arguments([*given, "--resume", "true"]), Interrupt())
+    run.teacher()
+    for batch_norm, equal in (("running", True), ("batch", False)):
+        log = SearchLog()
+        set_seed(0)
+        found = search(
+            run.base,
+            run.loaders()["train"],
+            [4, 3],
+            weight_lr=0,
+            batch_norm=batch_norm,
+            log=log,
+            accelerator=run.accelerator,
+        )
+        kept = json.loads((folder / "search" / "sdq-bits.json").read_text())
+        assert ([s.to_json() for s in found] == kept["strategies"] and log.moves == kept["moves"]) == equal
+        if equal:
+            strategies = found
+    for name, strategy in zip(("sdq-bits-4", "sdq-bits-3"), strategies, strict=True):
+        own = run.quantize(run.network)
+        own.set_strategy(strategy)
+        own.calibrate(run.loaders()["calibration"])
+        own.eval().save_pretrained(tmp_path / name, print_size=False)
+        left = load_file(folder / "models" / name / "model.safetensors")
+        for key, tensor in load_file(tmp_path / name / "model.safetensors").items():
+            if key.rpartition(".")[2] not in ("running_mean", "running_var", "num_batches_tracked", DIGEST):
+                assert torch.equal(left[key], tensor), key
+        card = (folder / "models" / name / "README.md").read_text()
+        assert "without any training after the quantization, seed 0." in card
+        assert "The float network was given to the run that quantized it, in the file `model.safetensors`." in card
+        assert "fine-tuning on" not in card
+        assert "on top of the fine-tuning" not in card
+        assert json.loads((folder / "finetune" / f"{name}.json").read_text())["history"] == []
+    run.close()
+
+
 def test_budgets_may_be_in_any_cost_and_in_a_table_of_ones_own(data, tmp_path):
     start = SDQForImageClassification.from_timm("resnet8_cifar", num_labels=CLASSES, img_size=SIZE).strategy
     cycles = {name: {str(b): start[name].macs * -(-b // 2) for b in range(1, 9)} for name in start.searchable}
@@ -383,6 +439,8 @@ def test_without_distillation_labels_are_learned_whatever_the_teacher_says(data,
         assert main(options(data, tmp_path / "run", **changes)) == 0
     top1 = rows_of(tmp_path / "run")["uniform-bits-3"]["top1"]
     assert top1 > 90 if learns else top1 < 50
+    card = (tmp_path / "run" / "models" / "uniform-bits-3" / "README.md").read_text()
+    assert f"with\nthe same {'distillation' if kd == 'true' else 'labels'} for every quantized row, seed 0." in card
 
 
 def streamed_images(folder):

@@ -45,7 +45,7 @@ def test_no_number_is_negative_on_the_command_line_or_in_yaml(name: str, tmp_pat
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("--epochs 0", "--epochs must be above 0, got 0.0"),
+        ("--epochs -1", "--epochs must be 0 or more, got -1.0"),
         ("--batch_size 0", "--batch_size must be above 0, got 0"),
         ("--prefetch_factor 0", "--prefetch_factor must be above 0, got 0"),
         ("--label_smoothing 1", "--label_smoothing must be 0 or more and below 1, got 1.0"),
