@@ -3,8 +3,9 @@
     accelerate launch scripts/run_sdq.py --model resnet20_cifar --dataset FOLDER_OR_HUB_ID --target_bits 2.0
     accelerate launch scripts/run_sdq.py scripts/demo.yaml --output_dir runs/mine
 
-Stages: teacher (full precision), search (a strategy for each budget), finetune (knowledge distillation at fixed bits),
-evaluate (the test split, read once; table, results.json and plots). `--help` lists the options.
+Stages: teacher (full precision), search (a strategy for each budget), finetune (knowledge distillation at fixed bits, or with
+`--epochs 0` calibration only), evaluate (the test split, read once; table, results.json and plots). `--help` lists the
+options.
 
 With --push_to_hub --hub_model_id org/name the SDQ models are published at the end, each budget on a branch.
 
