@@ -9,6 +9,10 @@ Then each tool's model is trained by the same loop for `--epochs`, SDQ's for tho
 that is nearest to the float network on the validation split is kept. All are trained at each of the learning rates `--lrs`,
 and the one with the least KL divergence on the validation split is shown: what suits one tool ruins another.
 
+With `--epochs 0` nothing is trained: each tool calibrates the float network with the same `--images`, and SDQ's search looks
+at no others. "sdq_channel" is SDQ whose weights have a scale for each output channel, as those of MCT and Model Optimizer
+have, and "sdq_uniform" SDQ's quantizers with uniform bits.
+
 Each row is a process of its own. Time is CPU time from the float network to the trained model. Memory is the peak of the
 process above what it had before. The file is what the tool itself saves; the lines are those of the function below that a
 user would write, without the training loop.
@@ -58,6 +62,19 @@ def sdq(network: SDQForImageClassification, bits: float, images: Images) -> SDQF
     return network
 
 
+def sdq_calibrated(network: SDQForImageClassification, bits: float, images: Images) -> SDQForImageClassification:
+    (strategy,) = search(network, images, [bits], start_bits=8, weight_lr=0, batch_norm="running")
+    network.set_strategy(strategy)
+    network.calibrate(images)
+    return network
+
+
+def sdq_uniform(network: SDQForImageClassification, bits: int, images: Images) -> SDQForImageClassification:
+    network.set_strategy(bits)
+    network.calibrate(images)
+    return network
+
+
 def brevitas(network: nn.Module, bits: int, images: Images) -> nn.Module:
     import brevitas.nn as qnn
     from brevitas.graph.calibrate import calibration_mode
@@ -96,11 +113,24 @@ def mct(network: nn.Module, weight_bytes: float, images: Images) -> nn.Module:
     return model
 
 
-def modelopt(network: nn.Module, average_bits: float, batches: Iterable[tuple[Tensor, Tensor]]) -> nn.Module:
+def mct_calibrated(network: nn.Module, weight_bytes: float, images: Images) -> nn.Module:
+    import model_compression_toolkit as toolkit
+
+    model, _ = toolkit.ptq.pytorch_post_training_quantization(
+        network,
+        lambda: ([batch.numpy()] for batch in images),
+        target_resource_utilization=toolkit.core.ResourceUtilization(weights_memory=weight_bytes),
+    )
+    return model
+
+
+def modelopt(
+    network: nn.Module, average_bits: float, batches: Iterable[tuple[Tensor, Tensor]], algorithm: str = "max"
+) -> nn.Module:
     import modelopt.torch.quantization as mtq
 
     def form(bits: int) -> dict[str, Any]:
-        config = copy.deepcopy(mtq.INT8_DEFAULT_CFG)
+        config = copy.deepcopy(mtq.INT8_DEFAULT_CFG) | {"algorithm": algorithm}
         config["quant_cfg"].append({"quantizer_name": "*weight_quantizer", "cfg": {"num_bits": bits, "axis": 0}})
         return config
 
@@ -116,7 +146,16 @@ def modelopt(network: nn.Module, average_bits: float, batches: Iterable[tuple[Te
     return model
 
 
-PEERS: dict[str, Callable[..., nn.Module]] = {"sdq": sdq, "brevitas": brevitas, "mct": mct, "modelopt": modelopt}
+PEERS: dict[str, Callable[..., nn.Module]] = {
+    "sdq": sdq,
+    "sdq_channel": sdq,
+    "sdq_uniform": sdq_uniform,
+    "brevitas": brevitas,
+    "mct": mct,
+    "modelopt": modelopt,
+}
+# What stands in their place where nothing is trained.
+CALIBRATED = PEERS | {"sdq": sdq_calibrated, "sdq_channel": sdq_calibrated, "mct": mct_calibrated}
 PACKAGES = {"brevitas": "brevitas", "mct": "model-compression-toolkit", "modelopt": "nvidia-modelopt"}
 
 
@@ -124,7 +163,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_options(parser)
     parser.add_argument("--target_bits", type=int, default=3)
-    parser.add_argument("--peers", nargs="+", default=list(PEERS), choices=list(PEERS))
+    parser.add_argument("--peers", nargs="+", default=["sdq", "brevitas", "mct", "modelopt"], choices=list(PEERS))
     parser.add_argument("--images", type=int, default=512, help="for calibration and the peers' sensitivities")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--lrs", type=float, nargs="+", default=[3e-3, 1e-3, 3e-4, 1e-4])
@@ -138,7 +177,7 @@ def main() -> None:
         train_float(options, seed, options.teacher_epochs)
         # SDQ comes first: its size is the budget of the others.
         peers = ("sdq", *(peer for peer in options.peers if peer != "sdq"))
-        for lr, peer in itertools.product(options.lrs, peers):
+        for lr, peer in itertools.product(options.lrs if options.epochs else options.lrs[:1], peers):
             content = read(options.out)
             if any((cell["seed"], cell["peer"], cell["lr"]) == (seed, peer, lr) for cell in content["cells"]):
                 continue
@@ -165,8 +204,9 @@ def main() -> None:
 
 
 def one(options: argparse.Namespace, peer: str) -> Cell:
-    """Quantize and train with one tool."""
+    """Quantize with one tool, and train unless there are no epochs."""
     (seed,) = options.seeds
+    options.weight_scale = "channel" if peer == "sdq_channel" else "layer"
     # Of all learning rates: the run's own has none.
     options_of_run = argparse.Namespace(**{**vars(options), "lr": options.lrs[0]})
     run = open_run(options_of_run, seed)
@@ -178,24 +218,30 @@ def one(options: argparse.Namespace, peer: str) -> Cell:
     known = [cell for cell in read(options.out)["cells"] if cell["seed"] == seed and cell["peer"] == "sdq"]
     epochs, before, started = options.epochs, _peak(), time.process_time()
     model: nn.Module
-    if peer == "sdq":
+    if peer == "sdq_uniform":
+        model = sdq_uniform(run.quantize(run.network), options.target_bits, images)
+    elif peer.startswith("sdq") and options.epochs:
         model, epochs = searched(run, options)
+    elif peer.startswith("sdq"):
+        model = sdq_calibrated(run.quantize(run.network), options.target_bits, images)
     elif peer == "brevitas":
         model = brevitas(copy.deepcopy(run.network), options.target_bits, images)
     elif peer == "mct":
-        model = mct(
-            copy.deepcopy(run.network).to(memory_format=torch.contiguous_format), known[0]["weight_bytes"], images
-        )
+        network = copy.deepcopy(run.network).to(memory_format=torch.contiguous_format)
+        model = (mct if options.epochs else mct_calibrated)(network, known[0]["weight_bytes"], images)
     else:
-        model = modelopt(copy.deepcopy(run.network), known[0]["average_bits_of_all"], batches)
+        # Clipped weights are better where nothing is trained.
+        algorithm = "max" if options.epochs else "mse"
+        model = modelopt(copy.deepcopy(run.network), known[0]["average_bits_of_all"], batches, algorithm)
     prepared = time.process_time() - started
     bits = bits_of(model)
     sizes = {name: m.weight.numel() for name, m in run.network.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
     # MCT's names are those of its graph.
     bits = {name: bits.get(name, bits.get(name.replace(".", "_"), 32)) for name in sizes}
-    train(run, model, epochs, options.lr, peer)
+    if epochs:
+        train(run, model, epochs, options.lr, peer)
     seconds, peak = time.process_time() - started, _peak()
-    if peer == "mct":
+    if peer == "mct" and epochs:
         import model_compression_toolkit as toolkit
 
         model = toolkit.qat.pytorch_quantization_aware_training_finalize_experimental(model)
@@ -220,7 +266,13 @@ def one(options: argparse.Namespace, peer: str) -> Cell:
         "seconds_before_training": round(prepared, 1),
         "memory_mb": round((peak - before) / 1e6),
         "file_bytes": saved_bytes(model, peer),
-        "lines": len([line for line in inspect.getsource(PEERS[peer]).splitlines()[1:] if line.strip()]),
+        "lines": len(
+            [
+                line
+                for line in inspect.getsource((PEERS if options.epochs else CALIBRATED)[peer]).splitlines()[1:]
+                if line.strip()
+            ]
+        ),
         "epochs": epochs,
     }
 
@@ -262,9 +314,10 @@ def bits_of(model: nn.Module) -> dict[str, int]:
         if hasattr(module, "weight_quant"):
             found[name] = int(module.weight_quant.bit_width().item())
         elif hasattr(module, "weights_quantizers"):
-            found[name.removesuffix("_bn")] = next(
-                iter(module.weights_quantizers.values())
-            ).quantization_config.weights_n_bits
+            # Of a kind to train, or to use.
+            of = next(iter(module.weights_quantizers.values()))
+            trained = getattr(of, "quantization_config", None)
+            found[name.removesuffix("_bn")] = trained.weights_n_bits if trained else of.num_bits
         elif quantizer is not None and hasattr(quantizer, "num_bits"):
             found[name] = quantizer.num_bits
     return found
@@ -321,7 +374,7 @@ def table(cells: list[Cell]) -> str:
             key: sum(c[key] for c in members) / len(members)
             for key in ("seconds", "seconds_before_training", "memory_mb", "file_bytes", "lines")
         }
-        rates = ", ".join(sorted({f"{c['lr']:g}" for c in members}))
+        rates = ", ".join(sorted({f"{c['lr']:g}" if c["epochs"] else "not trained" for c in members}))
         lines.append(
             f"| {peer} | {rates} | {' | '.join(columns)} | {means['seconds']:.0f}, {means['seconds_before_training']:.0f} | "
             f"{means['memory_mb']:.0f} | {means['file_bytes'] / 1e3:.0f} | {means['lines']:.0f} | {len(members)} |"
