@@ -10,8 +10,8 @@ that is nearest to the float network on the validation split is kept. All are tr
 and the one with the least KL divergence on the validation split is shown: what suits one tool ruins another.
 
 With `--epochs 0` nothing is trained: each tool calibrates the float network with the same `--images`, and SDQ's search looks
-at no others. "sdq_channel" is SDQ whose weights have a scale for each output channel, as those of MCT and Model Optimizer
-have, and "sdq_uniform" SDQ's quantizers with uniform bits.
+at no others; its batch norm statistics come from them too, as MCT corrects biases. "sdq_channel" is SDQ whose weights have a
+scale for each output channel, as those of MCT and Model Optimizer have, and "sdq_uniform" SDQ's quantizers with uniform bits.
 
 Each row is a process of its own. Time is CPU time from the float network to the trained model. Memory is the peak of the
 process above what it had before. The file is what the tool itself saves; the lines are those of the function below that a
@@ -63,15 +63,17 @@ def sdq(network: SDQForImageClassification, bits: float, images: Images) -> SDQF
 
 
 def sdq_calibrated(network: SDQForImageClassification, bits: float, images: Images) -> SDQForImageClassification:
-    (strategy,) = search(network, images, [bits], start_bits=8, weight_lr=0, batch_norm="running")
+    (strategy,) = search(network, images, [bits], start_bits=8, weight_lr=0)
     network.set_strategy(strategy)
     network.calibrate(images)
+    network.recalibrate_batch_norm(images)
     return network
 
 
 def sdq_uniform(network: SDQForImageClassification, bits: int, images: Images) -> SDQForImageClassification:
     network.set_strategy(bits)
     network.calibrate(images)
+    network.recalibrate_batch_norm(images)
     return network
 
 

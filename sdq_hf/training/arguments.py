@@ -176,7 +176,7 @@ class FinetuneArguments(OptimizerArguments):
     bn_batches: int = _option(
         200,
         "Batches, clean and augmented, from which batch norm statistics are gathered anew at the end; validation chooses "
-        "between these and the running ones. 0: none.",
+        "between these and the running ones. 0: none, and without a fine-tune the search has the running ones too.",
         NOT_NEGATIVE,
     )
 

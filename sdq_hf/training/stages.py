@@ -448,10 +448,11 @@ class Run:
             if stop:
                 self.interrupt.stop()
 
-        # Without a fine-tune the bits are for the network as it is: its weights, and the statistics of its batch norms.
-        trains, weight_lr = self.arguments.finetune.trains, options.search_weight_lr
+        # Without a fine-tune the bits are for the network as it will be: with its own weights, and, where these are gathered
+        # anew, batch norm statistics of images at those bits.
+        tune, weight_lr = self.arguments.finetune, options.search_weight_lr
         if weight_lr is None:
-            weight_lr = WEIGHT_LR if trains else 0.0
+            weight_lr = WEIGHT_LR if tune.trains else 0.0
         set_seed(run.seed)
         strategies = search(
             self.base,
@@ -464,7 +465,7 @@ class Run:
             floors=bits_by_pattern(options.floors, "floors"),
             search_activations=options.search_activations and method == options.search,
             weight_lr=weight_lr,
-            batch_norm="batch" if trains else "running",
+            batch_norm="batch" if tune.trains or tune.bn_batches else "running",
             max_batches=options.max_search_batches,
             log=log,
             accelerator=self.accelerator,
