@@ -99,6 +99,15 @@ def test_a_search_study_goes_on_where_it_stopped_and_takes_the_search_off_the_fi
     assert printed.count("| 5 average bits, A4 |") == 2
 
 
+def test_a_search_study_without_a_finetune_leaves_the_weights_alone(study, tmp_path):
+    options = "--epochs 0 --start_bits 8 --target_bits 5 --target_bitops --search_batch_size 4 --methods two_sided"
+    printed, (cell,) = study(study_search, options, tmp_path / "calibrated.json")
+    assert cell["finetune_epochs"] == cell["finetune_seconds"] == 0
+    # As it was found and as it was left differ in nothing but the images that batch norm statistics may come from.
+    assert cell["validation"]["kl"] <= cell["found"]["kl"] * (1 + 1e-4)
+    assert "| 5 average bits, A4 | two_sided |" in printed
+
+
 def test_a_search_study_may_find_the_bits_of_inputs_too(study, tmp_path):
     options = "--epochs 4 --target_bits 5 --target_bitops 5 --search_batch_size 4 --methods two_sided_activations"
     # In average bits of weights, inputs have nothing to save: one cell for two budgets.
@@ -245,6 +254,16 @@ def test_the_study_of_peers_measures_sdq_where_no_peer_is_installed(study, tmp_p
     assert cell["file_bytes"] > cell["weight_bytes"]
     assert 0 < cell["epochs"] < 8
     assert "| sdq |" in printed
+
+
+def test_the_study_of_peers_may_leave_out_the_training(study, tmp_path):
+    options = "--peers sdq_channel --target_bits 5 --epochs 0 --lrs 0.1 0.2 --images 128"
+    printed, (layer, channel) = study(study_peers, options, tmp_path / "calibrated-peers.json")
+    assert (layer["peer"], channel["peer"]) == ("sdq", "sdq_channel")
+    assert layer["epochs"] == channel["epochs"] == 0
+    # A scale for each output channel is in the file.
+    assert channel["file_bytes"] > layer["file_bytes"]
+    assert printed.count("| not trained |") == 2
 
 
 def test_the_area_under_the_curve_counts_pairs():
