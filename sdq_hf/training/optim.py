@@ -23,7 +23,10 @@ class OptimizerArguments:
 
     epochs: float = field(
         default=30.0,
-        metadata={"help": "Passes over the training images; fractions are possible.", "range": NOT_NEGATIVE},
+        metadata={
+            "help": "Passes over the training images; fractions are possible; 0: calibration only.",
+            "range": NOT_NEGATIVE,
+        },
     )
     max_steps: int | None = field(
         default=None,
