@@ -141,27 +141,35 @@ def _plot_layers(axis: Any, figure: Figure, log: Mapping[str, Any]) -> None:
 
 
 def figure_accuracy(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Top-1 and KL to the float network, against file size and against BitOPs."""
+    """Top-1 and KL to the float network, against file size and against BitOPs.
+
+    Rows of one method with budgets in one cost are joined by a line; what comes first in `rows` lies on top.
+    """
     points = [row for row in rows if row["method"] != "float"]
     if not points:
         raise ValueError("No quantized row to plot.")
+    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for row in points:
+        groups.setdefault((row["method"], row["cost"]), []).append(row)
     figure = Figure(figsize=(9, 7), layout="constrained")
     axes = figure.subplots(2, 2, sharex="col", sharey="row")
     divisor, unit = bitops_unit(max(row["bitops"] for row in points))
     for column, (key, scale, label) in enumerate((("file_bytes", 1e3, "file, kB"), ("bitops", divisor, unit))):
         for line, metric in enumerate(("top1", "kl")):
             axis = axes[line, column]
-            for row in points:
-                colour = COLOURS[row["method"]]
-                hollow = {} if row["cost"] == "bits" else {"markerfacecolor": "none"}
+            for number, ((method, cost), members) in enumerate(groups.items()):
+                members = sorted(members, key=lambda row: row[key])
+                hollow = {} if cost == "bits" else {"markerfacecolor": "none"}
                 axis.plot(
-                    row[key] / scale,
-                    row[metric],
-                    MARKERS[row["method"]],
-                    color=colour,
+                    [row[key] / scale for row in members],
+                    [row[metric] for row in members],
+                    marker=MARKERS[method],
+                    color=COLOURS[method],
                     markersize=9,
                     markeredgewidth=2,
-                    label=row["name"],
+                    linewidth=1,
+                    zorder=3 - number / len(groups),
+                    label=_joined([row["name"] for row in groups[method, cost]]),
                     **hollow,
                 )
             axis.grid(alpha=0.3)
@@ -177,6 +185,11 @@ def figure_accuracy(rows: Sequence[Mapping[str, Any]]) -> Figure:
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=9)
     return figure
+
+
+def _joined(names: Sequence[str]) -> str:
+    """`sdq-bits-2, -3` of `["sdq-bits-2", "sdq-bits-3"]`."""
+    return ", ".join([names[0], *(f"-{name.rpartition('-')[2]}" for name in names[1:])])
 
 
 def figure_weights(model: SDQForImageClassification, count: int = 6) -> Figure:

@@ -68,6 +68,13 @@ def test_points_stand_at_size_bitops_accuracy_and_kl():
     assert figure.axes[3].get_xlabel() == "MBitOPs"
     names = [text.get_text() for text in figure.legends[0].get_texts()]
     assert names == ["sdq-bits-2", "uniform-2", "full precision"]
+    # A further budget is joined to the first; the first method lies on top.
+    rows.append(row("sdq-bits-3", "sdq", top1=85.0, kl=0.02, file_bytes=1.1e5, bitops=9e7))
+    figure = plots.figure_accuracy(rows)
+    sdq, uniform, _ = figure.axes[0].get_lines()
+    assert sdq.get_xydata().tolist() == [[110, 85], [120, 83]]
+    assert sdq.get_zorder() > uniform.get_zorder()
+    assert figure.legends[0].get_texts()[0].get_text() == "sdq-bits-2, -3"
 
 
 def test_histograms_hold_all_weights_and_the_lines_are_levels_that_occur(model, tmp_path):
