@@ -145,7 +145,10 @@ class SearchArguments:
         False,
         "Also find the bits of inputs, for budgets in which they count, such as BitOPs; rivals keep --activation_bits.",
     )
-    start_bits: int | None = _option(None, "Bits at which all layers start; default 6 or above every budget.")
+    start_bits: int | None = _option(
+        None,
+        "Bits at which all layers start; default 6 or above every budget, or without a fine-tune the most there are.",
+    )
     floors: list[str] = _option([], "PATTERN=BITS: fewest bits of the layers that match.")
     search_batch_size: int | None = _option(
         None, "Images per batch and process of the search; default: --batch_size.", POSITIVE

@@ -92,7 +92,7 @@ class Run:
             budgets = list(targets.values())
             strategy = self.base.strategy
             units = layer_units(strategy) | (input_units(strategy) if search.search_activations else {})
-            Descent(strategy, cost, budgets, self.base.config.candidates, search.start_bits, floors, units)
+            Descent(strategy, cost, budgets, self.base.config.candidates, self._start_bits(), floors, units)
         if teacher is not None:
             network = create_backbone(
                 teacher, pretrained=False, num_classes=len(self.data.label_names), **self._model_args(teacher)
@@ -142,6 +142,12 @@ class Run:
         if len(set(names)) < len(names):
             raise ArgumentError(f"--budgets: two tables with the same name: {', '.join(names)}")
         return list(sources.values())
+
+    def _start_bits(self) -> int | None:
+        """Bits at which searches start; None: their own choice."""
+        start, trains = self.arguments.search.start_bits, self.arguments.finetune.trains
+        # 6 bits cost next to nothing after a fine-tune, and something without.
+        return max(self.base.config.candidates) if start is None and not trains else start
 
     # Folder ------------------------------------------------------------------------------------------------------
 
@@ -461,7 +467,7 @@ class Run:
             cost,
             method,
             seed=run.seed,
-            start_bits=options.start_bits,
+            start_bits=self._start_bits(),
             floors=bits_by_pattern(options.floors, "floors"),
             search_activations=options.search_activations and method == options.search,
             weight_lr=weight_lr,

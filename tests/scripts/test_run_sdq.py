@@ -346,6 +346,7 @@ def test_without_epochs_the_networks_own_weights_are_packed_at_bits_searched_for
             run.base,
             run.loaders()["train"],
             [4, 3],
+            start_bits=8,
             weight_lr=0,
             batch_norm=batch_norm,
             log=log,
