@@ -149,6 +149,7 @@ def open_run(options: argparse.Namespace, seed: int, change: Callable[[nn.Module
 def run_name(options: argparse.Namespace, seed: int, results: Path, process: str) -> str:
     """The folder, in `options.runs`, of what the study with the file `results` does in one process, `0of1` or another."""
     kind = f"a{options.activation_bits}" + "-channel" * (options.weight_scale == "channel")
+    kind += "-calibrated" * (not options.epochs) + (f"-from{options.start_bits}" if options.start_bits else "")
     return f"{options.model}-{seed}-{results.stem}-{kind}-{process}"
 
 

@@ -10,8 +10,9 @@ that is nearest to the float network on the validation split is kept. All are tr
 and the one with the least KL divergence on the validation split is shown: what suits one tool ruins another.
 
 With `--epochs 0` nothing is trained: each tool calibrates the float network with the same `--images`, and SDQ's search looks
-at no others; its batch norm statistics come from them too, as MCT corrects biases. "sdq_channel" is SDQ whose weights have a
-scale for each output channel, as those of MCT and Model Optimizer have, and "sdq_uniform" SDQ's quantizers with uniform bits.
+at no others; its activation steps come from four batches of them, its batch norm statistics from all, as MCT corrects biases.
+"sdq_channel" is SDQ whose weights have a scale for each output channel, as those of MCT and Model Optimizer have, and
+"sdq_uniform" SDQ's quantizers with uniform bits.
 
 Each row is a process of its own. Time is CPU time from the float network to the trained model. Memory is the peak of the
 process above what it had before. The file is what the tool itself saves; the lines are those of the function below that a
@@ -208,7 +209,8 @@ def main() -> None:
 def one(options: argparse.Namespace, peer: str) -> Cell:
     """Quantize with one tool, and train unless there are no epochs."""
     (seed,) = options.seeds
-    options.weight_scale = "channel" if peer == "sdq_channel" else "layer"
+    if peer == "sdq_channel":
+        options.weight_scale = "channel"
     # Of all learning rates: the run's own has none.
     options_of_run = argparse.Namespace(**{**vars(options), "lr": options.lrs[0]})
     run = open_run(options_of_run, seed)

@@ -57,6 +57,8 @@ def main() -> None:
     parser.add_argument("--target_bitops", type=float, nargs="*", default=[2.0, 3.0])
     parser.add_argument("--target_lut", type=float, nargs="*", default=[], help="LUT costs of so many uniform bits")
     options = parser.parse_args()
+    if not options.epochs and {FROZEN, *FLOAT} & set(options.methods):
+        parser.error(f"--methods {FROZEN} {' '.join(FLOAT)}: with --epochs 0 nothing is trained in any row")
     if not options.table:
         work(options, cells(options), FIELDS, lambda run, cell: measure(options, run, cell))
     print(table(read(options.out)["cells"]))

@@ -172,13 +172,16 @@ def _length(arguments: Mapping[str, Any]) -> str:
 
 def _float_origin(arguments: Mapping[str, Any]) -> str:
     """Where a run's float network came from, if not from the Hub; goes on from "The float network"."""
-    given = arguments.get("checkpoint") or arguments.get("pretrained_path")
-    if not given:
-        return "was trained from scratch in the same run"
-    file = f"the file `{Path(given).name}`"
-    if arguments.get("checkpoint") and not arguments.get("teacher_epochs"):
-        return f"was given to the run that quantized it, in {file}"
-    return f"was trained in the same run, from the weights in {file}"
+    checkpoint, start = arguments.get("checkpoint"), arguments.get("pretrained_path")
+    epochs, steps = arguments.get("teacher_epochs"), arguments.get("teacher_max_steps")
+    # Epochs that are not given are 0 for a checkpoint, which has the head of the classes.
+    trained = bool(steps or epochs or (epochs is None and not checkpoint))
+    if file := checkpoint or start:
+        text = f"came from the file `{Path(file).name}`"
+        return f"{text}, and was trained in the same run" if trained else text
+    if arguments.get("pretrained"):
+        return "came from timm's pretrained weights"
+    return "was trained from scratch in the same run" if trained else "was not trained"
 
 
 def with_tags(own: Iterable[str], more: str | Iterable[str]) -> list[str]:

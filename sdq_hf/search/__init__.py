@@ -1,13 +1,12 @@
 """Searches for a strategy, SDQ in two updates and its rivals, behind one function."""
 
 from .descent import BudgetError
-from .methods import METHODS, SDQ_METHODS, WEIGHT_LR, check_granularity, check_options, search
+from .methods import METHODS, SDQ_METHODS, check_granularity, check_options, search
 from .task import SearchLog, SearchState
 
 __all__ = [
     "METHODS",
     "SDQ_METHODS",
-    "WEIGHT_LR",
     "BudgetError",
     "SearchLog",
     "SearchState",

@@ -43,8 +43,6 @@ METHODS: dict[str, Callable[..., list[Strategy]]] = {
 KERNEL_METHODS = ("two_sided", "paper", "uniform", "random", "size", "greedy")
 # Those that learn DBPs by stochastic quantization, and can be resumed in the middle.
 SDQ_METHODS = ("two_sided", "paper")
-# Learning rate of weights that follow a search.
-WEIGHT_LR = 3e-4
 # Whose statistics batch norm has in a search.
 BATCH_NORM = ("batch", "running")
 _OPTIONS_OF: dict[str, Callable[..., object]] = {"two_sided": TwoSided, "paper": Paper}
@@ -62,7 +60,7 @@ def search(
     start_bits: int | None = None,
     floors: Mapping[str, int] | None = None,
     search_activations: bool = False,
-    weight_lr: float = WEIGHT_LR,
+    weight_lr: float = 3e-4,
     batch_norm: str = "batch",
     max_batches: int = 100_000,
     log: SearchLog | None = None,

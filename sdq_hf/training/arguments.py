@@ -5,7 +5,7 @@ import math
 import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_origin
@@ -74,7 +74,8 @@ class DataArguments:
     test_split: str | None = _option(None, "Name of the test split, read once at the end.")
     validation_fraction: float = _option(0.1, "Part of train held out for validation, stratified.", BETWEEN)
     streaming: bool = _option(
-        False, "Read images while they are used, without downloading all first; needs --max_steps and all three splits."
+        False,
+        "Read images while they are used, without downloading all first; needs --max_steps or --epochs 0, and three splits.",
     )
     shuffle_buffer_size: int = _option(1000, "Images of a stream that wait in memory to be shuffled.", POSITIVE)
     max_train_samples: int | None = _option(None, "Use so many training images only.", POSITIVE)
@@ -147,15 +148,15 @@ class SearchArguments:
     )
     start_bits: int | None = _option(
         None,
-        "Bits at which all layers start; default 6 or above every budget, or without a fine-tune the most there are.",
+        "Bits at which all layers start; default 6 or above every budget, or without a fine-tune the largest candidate.",
     )
     floors: list[str] = _option([], "PATTERN=BITS: fewest bits of the layers that match.")
     search_batch_size: int | None = _option(
         None, "Images per batch and process of the search; default: --batch_size.", POSITIVE
     )
-    search_weight_lr: float | None = _option(
-        None,
-        "Learning rate of weights that follow the search; 0: they stay frozen. Default: 3e-4, or 0 without a fine-tune.",
+    search_weight_lr: float = _option(
+        3e-4,
+        "Learning rate of weights that follow the search; 0: they stay frozen, as without a fine-tune.",
         NOT_NEGATIVE,
     )
     max_search_batches: int = _option(20_000, "Give up a search after so many batches.", POSITIVE)
@@ -186,7 +187,7 @@ class FinetuneArguments(OptimizerArguments):
     @property
     def trains(self) -> bool:
         """Whether there is a fine-tune; with `--epochs 0` the network is calibrated only."""
-        return bool(self.max_steps or self.epochs)
+        return self.epochs > 0
 
 
 @dataclass
@@ -243,6 +244,13 @@ class Arguments:
     def to_dict(self) -> dict[str, Any]:
         """All options by name, as they would stand in a YAML file."""
         return {key: value for group in vars(self).values() for key, value in asdict(group).items()}
+
+    def with_values(self, values: Mapping[str, Any]) -> "Arguments":
+        """These options with `values` of some of them, by name, in place of their own."""
+        groups = vars(self).values()
+        return Arguments(
+            *(replace(g, **{f.name: values[f.name] for f in fields(g) if f.name in values}) for g in groups)
+        )
 
     def command(self, processes: int = 1) -> str:
         """The command that gives the same result: the options that differ from their defaults, for a model card."""

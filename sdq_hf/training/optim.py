@@ -31,7 +31,7 @@ class OptimizerArguments:
     max_steps: int | None = field(
         default=None,
         metadata={
-            "help": "Updates of a fine-tune, in place of epochs; needed where data are streamed.",
+            "help": "Updates of a fine-tune, in place of epochs that are not 0; needed where data are streamed.",
             "range": POSITIVE,
         },
     )

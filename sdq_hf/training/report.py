@@ -28,10 +28,11 @@ def report(run: Run, entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any
     accelerator = run.accelerator
     rows = [_float_row(run), *(row_of(run, entry) for entry in entries)]
     if accelerator.is_main_process:
+        arguments = run.recorded()
         results = {
             "rows": rows,
-            "arguments": run.arguments.to_dict(),
-            "command": run.arguments.command(accelerator.num_processes),
+            "arguments": arguments.to_dict(),
+            "command": arguments.command(accelerator.num_processes),
             "data": _about_data(run),
             "versions": {name: version(name) for name in _PACKAGES},
             "device": str(accelerator.device),
@@ -138,7 +139,7 @@ def plot(run: Run, entries: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[
     if logs:
         plots.plot_descent(logs, folder / "descent.png")
     plots.plot_accuracy(rows, folder / "accuracy.png")
-    # Drawn after the fine-tune, from the real weights, which the packed file has no more.
+    # Drawn by the stage before, from the real weights, which the packed file has no more.
     shutil.copyfile(run.folder / "models" / first / "plots" / "weights.png", folder / "weights.png")
     return [folder / f"{name}.png" for name in PICTURES if logs or name != "descent"]
 

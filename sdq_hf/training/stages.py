@@ -26,7 +26,7 @@ from ..backbones import create_backbone, hub_id, normalisation, set_grad_checkpo
 from ..costs import Cost, get_cost
 from ..layers import input_quantizers
 from ..modeling_sdq import SDQForImageClassification
-from ..search import SDQ_METHODS, WEIGHT_LR, SearchLog, SearchState, search
+from ..search import SDQ_METHODS, SearchLog, SearchState, search
 from ..search.descent import Descent
 from ..search.units import input_units, layer_units
 from ..strategy import Strategy, bits_text
@@ -66,6 +66,8 @@ _FREE = {
     *("stage", "resume", "overwrite", "output_dir", "report_to", "workers", "prefetch_factor", "pin_memory", "cpu"),
     *("push_to_hub", "hub_model_id", "hub_private_repo", "hub_license", "save_steps", "save_total_limit"),
 }
+# Options of the fine-tune that a search depends on.
+_SEARCHED_FOR = {"epochs", "bn_batches"}
 
 
 class Run:
@@ -86,7 +88,8 @@ class Run:
 
     def _check_plan(self) -> None:
         """Refuse budgets, floors and teachers that later stages would refuse, before any training."""
-        search, teacher = self.arguments.search, self.arguments.finetune.kd_teacher
+        search, tune = self.arguments.search, self.arguments.finetune
+        teacher = tune.kd_teacher if tune.trains else None
         floors = bits_by_pattern(search.floors, "floors")
         for cost, targets in self._budgets():
             budgets = list(targets.values())
@@ -97,7 +100,7 @@ class Run:
             network = create_backbone(
                 teacher, pretrained=False, num_classes=len(self.data.label_names), **self._model_args(teacher)
             )
-            if self.arguments.finetune.kd_teacher_checkpoint is None and not self._fits_data(network):
+            if tune.kd_teacher_checkpoint is None and not self._fits_data(network):
                 raise ArgumentError(
                     f"--kd_teacher {teacher}: its pretrained weights are for other classes than those of the data, so it "
                     "has nothing to teach: train it on them and give --kd_teacher_checkpoint"
@@ -171,6 +174,12 @@ class Run:
                 for stage in STAGES[: STAGES.index(run.stage)]:
                     if not (self.folder / _RESULT_OF[stage]).exists():
                         raise self._missing(stage)
+                if run.stage == "finetune" and self.arguments.finetune.trains != (before["epochs"] > 0):
+                    given, kind = self.arguments.finetune.epochs, "none" if before["epochs"] == 0 else "one"
+                    raise ArgumentError(
+                        f"--epochs {given:g}: the bits in {self.folder} were searched for {kind} of a fine-tune: give the "
+                        "--epochs of the search, or run --stage search with these"
+                    )
         elif path.exists():
             # A run that found a fault in its options, say, has left nothing to lose.
             left = [name for names in _LEFT_BY.values() for name in names if (self.folder / name).exists()]
@@ -211,7 +220,11 @@ class Run:
         """Options that belong to the one stage that is run."""
         arguments = self.arguments
         own = {"search": arguments.search, "finetune": arguments.finetune}.get(arguments.run.stage)
-        return {*_FREE, *(vars(own) if own is not None else ())}
+        return {*_FREE, *(vars(own) if own is not None else ()), *(_SEARCHED_FOR if own is arguments.search else ())}
+
+    def recorded(self) -> Arguments:
+        """The options that each stage was run with, whichever this one is."""
+        return self.arguments.with_values(load_json(self.folder / "arguments.json"))
 
     def _missing(self, stage: str) -> ArgumentError:
         return ArgumentError(f"--output_dir {self.folder} has no result of the stage {stage!r}: run that stage first")
@@ -456,9 +469,7 @@ class Run:
 
         # Without a fine-tune the bits are for the network as it will be: with its own weights, and, where these are gathered
         # anew, batch norm statistics of images at those bits.
-        tune, weight_lr = self.arguments.finetune, options.search_weight_lr
-        if weight_lr is None:
-            weight_lr = WEIGHT_LR if tune.trains else 0.0
+        tune = self.arguments.finetune
         set_seed(run.seed)
         strategies = search(
             self.base,
@@ -470,7 +481,7 @@ class Run:
             start_bits=self._start_bits(),
             floors=bits_by_pattern(options.floors, "floors"),
             search_activations=options.search_activations and method == options.search,
-            weight_lr=weight_lr,
+            weight_lr=options.search_weight_lr if tune.trains else 0.0,
             batch_norm="batch" if tune.trains or tune.bn_batches else "running",
             max_batches=options.max_search_batches,
             log=log,
@@ -523,9 +534,11 @@ class Run:
         model = self.quantize(self.network)
         model.set_strategy(strategy)
         self._calibrate(model)
-        teacher = self._kd_teacher(options) if options.kd else None
-        # An epoch is judged by what the training aims at.
-        metric = options.eval_metric or ("loss" if teacher is None else "kl")
+        teacher = self._kd_teacher(options) if options.kd and options.trains else None
+        # An epoch is judged by what the training aims at, and what is not trained by the float network.
+        metric = "loss" if options.trains and teacher is None else "kl"
+        if options.trains and options.eval_metric:
+            metric = options.eval_metric
         reference = (teacher or self.network) if metric == "kl" else None
         checkpoint_dir = record.parent / name
         state = FitState()

@@ -260,6 +260,22 @@ def test_single_stages_build_on_each_other(data, finished, tmp_path):
     assert_is_part_of(folder, finished[0], ["full precision", "sdq-bits-3"])
 
 
+def test_what_a_stage_was_run_with_stays_on_record(data, finished, tmp_path, capsys):
+    folder, one = tmp_path / "stages", {"controls": "none", "target_bitops": None, "epochs": None}
+    assert main(options(data, folder, **one, stage="teacher", teacher_epochs=1)) == 0
+    searched = options(data, folder, **{**one, "epochs": 0}, stage="search", teacher_epochs=1)
+    assert main(searched) == 0
+    # The search is one for no fine-tune, and goes on as such.
+    assert main([*searched, "--resume", "true"]) == 0
+    assert main(options(data, folder, **one, stage="finetune", teacher_epochs=1)) == 2
+    assert "--epochs 30: the bits in" in capsys.readouterr().err
+    assert main(options(data, folder, **{**one, "epochs": 0}, stage="finetune", teacher_epochs=1)) == 0
+    assert main(options(data, folder, **one, stage="evaluate", teacher_epochs=1)) == 0
+    card = (folder / "models" / "sdq-bits-3" / "README.md").read_text()
+    assert "without any training after the quantization" in card
+    assert "--epochs 0" in card.split("accelerate launch")[1].splitlines()[0]
+
+
 def test_mixed_precision_accumulation_and_moving_averages_still_publish_the_float32_function(data, tmp_path):
     changes = {
         "mixed_precision": "bf16",
@@ -367,7 +383,7 @@ def test_without_epochs_the_networks_own_weights_are_packed_at_bits_searched_for
             assert anew or key == DIGEST or torch.equal(left[key], tensor), key
         card = (folder / "models" / name / "README.md").read_text()
         assert "without any training after the quantization, seed 0." in card
-        assert "The float network was given to the run that quantized it, in the file `model.safetensors`." in card
+        assert "The float network came from the file `model.safetensors`." in card
         assert "fine-tuning on" not in card
         assert "on top of the fine-tuning" not in card
         assert json.loads((folder / "finetune" / f"{name}.json").read_text())["history"] == []
@@ -446,7 +462,9 @@ def test_without_distillation_labels_are_learned_whatever_the_teacher_says(data,
     top1 = rows_of(tmp_path / "run")["uniform-bits-3"]["top1"]
     assert top1 > 90 if learns else top1 < 50
     card = (tmp_path / "run" / "models" / "uniform-bits-3" / "README.md").read_text()
-    assert f"with\nthe same {'distillation' if kd == 'true' else 'labels'} for every quantized row, seed 0." in card
+    assert (
+        f"with\n{'the same distillation' if kd == 'true' else 'labels alone'} for every quantized row, seed 0." in card
+    )
 
 
 def streamed_images(folder):
