@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check style test-lowest bench peers pretrained pretrained-search transfer luts
+.PHONY: help demo test check style test-lowest bench peers peers-calibrated pretrained pretrained-search transfer luts
 
 help:  ## List the targets.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -64,6 +64,10 @@ bench: .venv-bench/installed  ## Measure step times and memory beside Brevitas, 
 DATASET ?= fashion_mnist
 peers: .venv-peers/installed  ## Train the same network with other tools too, about 30 minutes: make peers DATASET=...
 	.venv-peers/bin/python scripts/study_peers.py --dataset $(DATASET) --seeds 0 --out docs/results/peers-mobilenetv1_025_cifar.json
+
+peers-calibrated: .venv-peers/installed  ## The same without training, on three float networks: make peers-calibrated DATASET=...
+	OMP_NUM_THREADS=1 .venv-peers/bin/python scripts/study_peers.py --dataset $(DATASET) --epochs 0 --target_bits 4 --seeds 1 2 3 \
+		--peers sdq sdq_channel sdq_running sdq_uniform brevitas mct modelopt --out docs/results/peers-mobilenetv1_025_cifar-calibrated.json
 
 # Photographs and weights for one study; nothing else needs them.
 .venv-pretrained/installed: pyproject.toml constraints.txt

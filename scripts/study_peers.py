@@ -11,8 +11,8 @@ and the one with the least KL divergence on the validation split is shown: what 
 
 With `--epochs 0` nothing is trained: each tool calibrates the float network with the same `--images`, and SDQ's search looks
 at no others; its activation steps come from four batches of them, its batch norm statistics from all, as MCT corrects biases.
-"sdq_channel" is SDQ whose weights have a scale for each output channel, as those of MCT and Model Optimizer have, and
-"sdq_uniform" SDQ's quantizers with uniform bits.
+"sdq_channel" is SDQ whose weights have a scale for each output channel, as those of MCT and Model Optimizer have,
+"sdq_running" the same with the float network's batch norm statistics, and "sdq_uniform" SDQ's quantizers with uniform bits.
 
 Each row is a process of its own. Time is CPU time from the float network to the trained model. Memory is the peak of the
 process above what it had before. The file is what the tool itself saves; the lines are those of the function below that a
@@ -68,6 +68,13 @@ def sdq_calibrated(network: SDQForImageClassification, bits: float, images: Imag
     network.set_strategy(strategy)
     network.calibrate(images)
     network.recalibrate_batch_norm(images)
+    return network
+
+
+def sdq_running(network: SDQForImageClassification, bits: float, images: Images) -> SDQForImageClassification:
+    (strategy,) = search(network, images, [bits], start_bits=8, weight_lr=0, batch_norm="running")
+    network.set_strategy(strategy)
+    network.calibrate(images)
     return network
 
 
@@ -158,7 +165,12 @@ PEERS: dict[str, Callable[..., nn.Module]] = {
     "modelopt": modelopt,
 }
 # What stands in their place where nothing is trained.
-CALIBRATED = PEERS | {"sdq": sdq_calibrated, "sdq_channel": sdq_calibrated, "mct": mct_calibrated}
+CALIBRATED = PEERS | {
+    "sdq": sdq_calibrated,
+    "sdq_channel": sdq_calibrated,
+    "sdq_running": sdq_running,
+    "mct": mct_calibrated,
+}
 PACKAGES = {"brevitas": "brevitas", "mct": "model-compression-toolkit", "modelopt": "nvidia-modelopt"}
 
 
@@ -166,12 +178,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_options(parser)
     parser.add_argument("--target_bits", type=int, default=3)
-    parser.add_argument("--peers", nargs="+", default=["sdq", "brevitas", "mct", "modelopt"], choices=list(PEERS))
+    parser.add_argument("--peers", nargs="+", default=["sdq", "brevitas", "mct", "modelopt"], choices=list(CALIBRATED))
     parser.add_argument("--images", type=int, default=512, help="for calibration and the peers' sensitivities")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--lrs", type=float, nargs="+", default=[3e-3, 1e-3, 3e-4, 1e-4])
     parser.set_defaults(activation_bits=8, epochs=2)
     options = parser.parse_args()
+    if options.epochs and "sdq_running" in options.peers:
+        parser.error("--peers sdq_running: only with --epochs 0, as training moves batch norm's statistics")
     if options.one:
         print("RESULT", json.dumps(one(options, options.one)))
         return
@@ -209,7 +223,7 @@ def main() -> None:
 def one(options: argparse.Namespace, peer: str) -> Cell:
     """Quantize with one tool, and train unless there are no epochs."""
     (seed,) = options.seeds
-    if peer == "sdq_channel":
+    if peer in ("sdq_channel", "sdq_running"):
         options.weight_scale = "channel"
     # Of all learning rates: the run's own has none.
     options_of_run = argparse.Namespace(**{**vars(options), "lr": options.lrs[0]})
@@ -227,7 +241,9 @@ def one(options: argparse.Namespace, peer: str) -> Cell:
     elif peer.startswith("sdq") and options.epochs:
         model, epochs = searched(run, options)
     elif peer.startswith("sdq"):
-        model = sdq_calibrated(run.quantize(run.network), options.target_bits, images)
+        model = (sdq_running if peer == "sdq_running" else sdq_calibrated)(
+            run.quantize(run.network), options.target_bits, images
+        )
     elif peer == "brevitas":
         model = brevitas(copy.deepcopy(run.network), options.target_bits, images)
     elif peer == "mct":
