@@ -392,19 +392,20 @@ def test_a_transfer_study_starts_from_the_weights_of_its_file(study, runs, emoji
 def test_bits_of_pretrained_weights_are_judged_by_the_other_half(tmp_path, monkeypatch, capsys):
     """With random weights and images in place of those of the packages."""
     torch.manual_seed(0)
-    network = timm.create_model(study_pretrained_search.ARCHITECTURE).eval()
+    architecture = "tf_efficientnet_lite1"
+    network = timm.create_model(architecture).eval()
     images = torch.randn(4, 5, 3, 32, 32)
-    monkeypatch.setattr(study_pretrained_search, "pretrained_network", lambda: network)
+    monkeypatch.setattr(study_pretrained_search, "pretrained_network", {architecture: network}.__getitem__)
     monkeypatch.setattr(study_pretrained_search, "photographs", lambda: range(4))
-    monkeypatch.setattr(study_pretrained_search, "crops", lambda number: images[number])
+    monkeypatch.setattr(study_pretrained_search, "crops", lambda number, name: {architecture: images}[name][number])
     out = tmp_path / "found.json"
-    command = ["study", "--methods", "uniform", "--targets", "6", "4", "--halves", "1", "--out", str(out)]
-    monkeypatch.setattr(sys, "argv", command)
+    options = ["--methods", "uniform", "--targets", "6", "4", "--halves", "1", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["study", "--network", architecture, *options])
     study_pretrained_search.main()
     printed, cells = capsys.readouterr().out, json.loads(out.read_text())["cells"]
     places = [(cell["method"], cell["target"], cell["half"]) for cell in cells]
     assert places == [("uniform", 6, 1), ("uniform", 4, 1)]
-    model = SDQForImageClassification.from_float(network, study_pretrained_search.ARCHITECTURE, activation_bits=8)
+    model = SDQForImageClassification.from_float(network, architecture, activation_bits=8)
     model.set_strategy(4)
     model.calibrate([images[::2].flatten(0, 1)])
     with torch.no_grad():
@@ -414,7 +415,7 @@ def test_bits_of_pretrained_weights_are_judged_by_the_other_half(tmp_path, monke
     same = (output.argmax(-1) == target.argmax(-1)).sum().item()
     assert cells[1]["kl"] == pytest.approx(kl, rel=1e-3)
     assert (cells[1]["same"], cells[1]["views"]) == (same, 10)
-    assert f"| layer | 4 average bits | uniform | {kl:.3f} | {same} of 10" in printed
+    assert f"| lite1 | layer | 4 average bits | uniform | {kl:.3f} | {same} of 10" in printed
     # What is there is not made again.
     monkeypatch.setattr(study_pretrained_search, "search", None)
     study_pretrained_search.main()
