@@ -167,7 +167,9 @@ def _of_run(run: RunFacts, repo_id: str) -> dict[str, Any]:
 def _length(arguments: Mapping[str, Any]) -> str:
     """How long the fine-tune of a run was; empty where there was none."""
     steps, epochs = arguments.get("max_steps"), arguments["epochs"]
-    return f"{steps} updates" if steps else f"{epochs:g} epochs" if epochs else ""
+    if not epochs:
+        return ""
+    return f"{steps} updates" if steps else f"{epochs:g} epochs"
 
 
 def _float_origin(arguments: Mapping[str, Any]) -> str:

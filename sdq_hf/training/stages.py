@@ -175,10 +175,10 @@ class Run:
                     if not (self.folder / _RESULT_OF[stage]).exists():
                         raise self._missing(stage)
                 if run.stage == "finetune" and self.arguments.finetune.trains != (before["epochs"] > 0):
-                    given, kind = self.arguments.finetune.epochs, "none" if before["epochs"] == 0 else "one"
+                    given, kind = self.arguments.finetune.epochs, "with" if before["epochs"] else "without"
                     raise ArgumentError(
-                        f"--epochs {given:g}: the bits in {self.folder} were searched for {kind} of a fine-tune: give the "
-                        "--epochs of the search, or run --stage search with these"
+                        f"--epochs {given:g}: the bits in {self.folder} were searched for a network {kind} a fine-tune: give "
+                        f"the --epochs of the search, {before['epochs']:g}, or run --stage search with these"
                     )
         elif path.exists():
             # A run that found a fault in its options, say, has left nothing to lose.

@@ -342,6 +342,7 @@ def test_without_epochs_the_networks_own_weights_are_packed_at_bits_searched_for
         data,
         folder,
         epochs=0,
+        max_steps=5,
         bn_batches=bn_batches,
         checkpoint=weights,
         teacher_epochs=0,
