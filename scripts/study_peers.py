@@ -236,23 +236,20 @@ def one(options: argparse.Namespace, peer: str) -> Cell:
     known = [cell for cell in read(options.out)["cells"] if cell["seed"] == seed and cell["peer"] == "sdq"]
     epochs, before, started = options.epochs, _peak(), time.process_time()
     model: nn.Module
-    if peer == "sdq_uniform":
-        model = sdq_uniform(run.quantize(run.network), options.target_bits, images)
-    elif peer.startswith("sdq") and options.epochs:
+    of_user = (PEERS if options.epochs else CALIBRATED)[peer]
+    if of_user is sdq:
         model, epochs = searched(run, options)
     elif peer.startswith("sdq"):
-        model = (sdq_running if peer == "sdq_running" else sdq_calibrated)(
-            run.quantize(run.network), options.target_bits, images
-        )
+        model = of_user(run.quantize(run.network), options.target_bits, images)
     elif peer == "brevitas":
-        model = brevitas(copy.deepcopy(run.network), options.target_bits, images)
+        model = of_user(copy.deepcopy(run.network), options.target_bits, images)
     elif peer == "mct":
         network = copy.deepcopy(run.network).to(memory_format=torch.contiguous_format)
-        model = (mct if options.epochs else mct_calibrated)(network, known[0]["weight_bytes"], images)
+        model = of_user(network, known[0]["weight_bytes"], images)
     else:
         # Clipped weights are better where nothing is trained.
         algorithm = "max" if options.epochs else "mse"
-        model = modelopt(copy.deepcopy(run.network), known[0]["average_bits_of_all"], batches, algorithm)
+        model = of_user(copy.deepcopy(run.network), known[0]["average_bits_of_all"], batches, algorithm)
     prepared = time.process_time() - started
     bits = bits_of(model)
     sizes = {name: m.weight.numel() for name, m in run.network.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
@@ -286,13 +283,7 @@ def one(options: argparse.Namespace, peer: str) -> Cell:
         "seconds_before_training": round(prepared, 1),
         "memory_mb": round((peak - before) / 1e6),
         "file_bytes": saved_bytes(model, peer),
-        "lines": len(
-            [
-                line
-                for line in inspect.getsource((PEERS if options.epochs else CALIBRATED)[peer]).splitlines()[1:]
-                if line.strip()
-            ]
-        ),
+        "lines": len([line for line in inspect.getsource(of_user).splitlines()[1:] if line.strip()]),
         "epochs": epochs,
     }
 
