@@ -15,7 +15,6 @@ pytest.importorskip("hls4ml")
 if shutil.which("g++") is None:
     pytest.skip("There is no g++.", allow_module_level=True)
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "verify_hls.py"
 verify_hls = load_script("verify_hls")
 
 

@@ -1,10 +1,7 @@
 """Mean and spread over runs, against numbers worked out by hand."""
 
-from pathlib import Path
-
 from tests.load import load_script
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "compare_runs.py"
 compare_runs = load_script("compare_runs")
 
 

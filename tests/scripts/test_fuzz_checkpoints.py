@@ -1,12 +1,8 @@
 """A small, seeded part of `scripts/fuzz_checkpoints.py`."""
 
-from pathlib import Path
-
 import pytest
 
 from tests.load import load_script
-
-SCRIPT = Path(__file__).parents[2] / "scripts" / "fuzz_checkpoints.py"
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,6 @@ from safetensors.torch import save_file
 from sdq_hf import SDQForImageClassification
 from tests.load import load_script
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "train_with_trainer.py"
 NAMES = ["ant", "bee"]
 
 
